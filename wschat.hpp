@@ -204,7 +204,7 @@
 #if defined(__GNUC__)
 #define WSCHAT_NOINLINE __attribute__((noinline))
 #define WSCHAT_INLINE inline __attribute__((always_inline))  // small, or with one caller that is fast
-#define WSCHAT_COLD __attribute__((cold))  // set-up, pages, refusals, logs: rather small, and soon compiled, than fast
+#define WSCHAT_COLD __attribute__((cold))  // set-up, pages, refusals, logs: small code matters more than its speed
 #else
 #define WSCHAT_NOINLINE
 #define WSCHAT_INLINE inline
@@ -5392,6 +5392,7 @@ private:
 
 }  // namespace detail
 
+// A named set of handlers: WebSocketHandler::room().
 class Room {
     struct Member {
         WebSocketHandler* handler;
@@ -6690,6 +6691,13 @@ private:
         }
         if (!socket_) fail(os::last_error(), "socket");
         if (found->ai_family == AF_INET6) socket_.set_option(IPPROTO_IPV6, IPV6_V6ONLY, any ? 0 : 1);
+        set_port_options(reuse_port);
+        socket_.set_nodelay(true);  // Linux lets accepted sockets inherit it
+        bind_and_listen(found->ai_addr, static_cast<socklen_t>(found->ai_addrlen));
+        read_port();
+    }
+
+    WSCHAT_COLD void set_port_options(bool reuse_port) {
 #if !defined(_WIN32)
         // On Windows, SO_REUSEADDR would let two processes share a port.
         socket_.set_option(SOL_SOCKET, SO_REUSEADDR, 1);
@@ -6705,9 +6713,6 @@ private:
 #else
         if (reuse_port) throw Error("listen " + address_.to_string() + ": this system has no SO_REUSEPORT");
 #endif
-        socket_.set_nodelay(true);  // Linux lets accepted sockets inherit it
-        bind_and_listen(found->ai_addr, static_cast<socklen_t>(found->ai_addrlen));
-        read_port();
     }
 
     void read_port() {
@@ -15726,37 +15731,48 @@ inline bool consume_json_string(std::string_view& text) {
     return false;
 }
 
+constexpr std::string_view json_space = " \t\r\n";
+
+inline bool consume_json_number(std::string_view& text) {
+    constexpr std::string_view digits = "0123456789";
+    consume(text, "-");
+    if (!consume(text, "0") && !consume_all(text, digits)) return false;
+    if (consume(text, ".") && !consume_all(text, digits)) return false;
+    if (!consume(text, "e") && !consume(text, "E")) return true;
+    if (!consume(text, "+")) consume(text, "-");
+    return consume_all(text, digits);
+}
+
+inline bool consume_json(std::string_view& text, unsigned depth = 0);
+
+// The elements of an array or the members of an object, after the first bracket or brace. `end`: the last one.
+inline bool consume_json_elements(std::string_view& text, std::string_view end, unsigned depth) {
+    consume_all(text, json_space);
+    if (consume(text, end)) return true;
+    do {
+        consume_all(text, json_space);
+        if (end == "}") {
+            if (!consume_json_string(text)) return false;
+            consume_all(text, json_space);
+            if (!consume(text, ":")) return false;
+        }
+        if (!consume_json(text, depth)) return false;
+    } while (consume(text, ","));
+    return consume(text, end);
+}
+
 // Removes a JSON value (RFC 8259) and the white space around it from the front of the text. Returns false if it is
 // invalid or has more than 32 levels of arrays and objects.
-inline bool consume_json(std::string_view& text, unsigned depth = 0) {
-    constexpr std::string_view space = " \t\r\n", digits = "0123456789";
-    consume_all(text, space);
-    if (const bool object = consume(text, "{"); object || consume(text, "[")) {
-        const std::string_view end = object ? "}" : "]";
-        consume_all(text, space);
-        if (depth == 32) return false;
-        if (!consume(text, end)) {
-            do {
-                consume_all(text, space);
-                if (object && !(consume_json_string(text) && (consume_all(text, space), consume(text, ":"))))
-                    return false;
-                if (!consume_json(text, depth + 1)) return false;
-            } while (consume(text, ","));
-            if (!consume(text, end)) return false;
-        }
-    } else if (text::starts_with(text, "\"")) {
-        if (!consume_json_string(text)) return false;
-    } else if (!consume(text, "true") && !consume(text, "false") && !consume(text, "null")) {
-        consume(text, "-");
-        if (!consume(text, "0") && !consume_all(text, digits)) return false;
-        if (consume(text, ".") && !consume_all(text, digits)) return false;
-        if (consume(text, "e") || consume(text, "E")) {
-            if (!consume(text, "+")) consume(text, "-");
-            if (!consume_all(text, digits)) return false;
-        }
-    }
-    consume_all(text, space);
-    return true;
+inline bool consume_json(std::string_view& text, unsigned depth) {
+    consume_all(text, json_space);
+    bool valid = true;
+    if (const bool object = consume(text, "{"); object || consume(text, "["))
+        valid = depth < 32 && consume_json_elements(text, object ? "}" : "]", depth + 1);
+    else if (text::starts_with(text, "\"")) valid = consume_json_string(text);
+    else if (!consume(text, "true") && !consume(text, "false") && !consume(text, "null"))
+        valid = consume_json_number(text);
+    consume_all(text, json_space);
+    return valid;
 }
 
 inline bool valid_json(std::string_view text) { return valid_utf8(text) && consume_json(text) && text.empty(); }
@@ -15934,7 +15950,7 @@ namespace detail {
 class Presence {
 public:
     // The last entry about a user that this hub has forwarded.
-    enum class Told : std::uint8_t { nothing, join, away, leave };
+    enum class Forwarded : std::uint8_t { nothing, join, away, leave };
 
     struct Place {
         std::string hub;
@@ -15946,7 +15962,7 @@ public:
         std::string identity;                   // connections with the same identity are one user; empty: a guest
         std::vector<ChatHandler*> connections;  // to this hub
         Time expires = (Time::max)();           // the end of the grace period on this hub
-        Told told = Told::nothing;
+        Forwarded forwarded = Forwarded::nothing;
         std::vector<Place> places{};         // the hubs to which the user is connected or was before the grace period
         std::string wanted{};                // the name that the user asked for
         std::vector<std::string> refused{};  // names that the store refused, folded
@@ -16040,9 +16056,9 @@ public:
         user.info = std::move(info);
         return user;
     }
-    void set_told(User& user, Told told) {
-        own_ += told != Told::nothing;
-        own_ -= std::exchange(user.told, told) != Told::nothing;
+    void set_forwarded(User& user, Forwarded kind) {
+        own_ += kind != Forwarded::nothing;
+        own_ -= std::exchange(user.forwarded, kind) != Forwarded::nothing;
     }
 
     // Removes a connection; after the last one the grace period begins. Allocates nothing.
@@ -16067,7 +16083,7 @@ public:
     }
     void remove(User& user) {
         const std::string key = user.key;
-        set_told(user, Told::nothing);
+        set_forwarded(user, Forwarded::nothing);
         ids_.erase(user.info.id);
         if (!user.identity.empty()) identities_.erase(user.identity);
         users_.erase(key);
@@ -17032,7 +17048,7 @@ private:
     friend class ChatRoom;
     friend class detail::ChatCommands;
     using User = detail::Presence::User;
-    using Told = detail::Presence::Told;
+    using Forwarded = detail::Presence::Forwarded;
 
     // A user with a connection to this hub.
     struct UserState {
@@ -17041,7 +17057,7 @@ private:
         StringMap<std::uint64_t> read{};               // the read markers: by room, or by "@" and the id of a peer
         std::vector<std::function<void()>> waiting{};  // for read markers
     };
-    struct Asked {
+    struct Waiter {
         std::uint64_t number;  // of the connection
         std::string tag;
     };
@@ -17152,7 +17168,7 @@ private:
         if (user.place(id_) != nullptr) user.set_place(id_, true);
         if (at_once) return forward_leave(room, user, "*");
         if (!room.expiry_scheduled_) schedule_expiry(room, limits.grace);
-        room.presence_.set_told(user, Told::away);
+        room.presence_.set_forwarded(user, Forwarded::away);
         forward(new_entry(ChatEntry::Kind::away, room, user.info));
     }
     // The store decides: the user has the name when it delivers the entry. `sender` and `tag` belong to the user's
@@ -17170,9 +17186,9 @@ private:
         entry.text = user.info.about;
         entry.author = user.identity;
         entry.sender = sender;
-        const bool enters = !user.confirmed() || user.told == Told::leave;
+        const bool enters = !user.confirmed() || user.forwarded == Forwarded::leave;
         if (enters) entry.max_users = room.options.max_users;  // users whom the store has lost enter again
-        room.presence_.set_told(user, Told::join);
+        room.presence_.set_forwarded(user, Forwarded::join);
         forward(std::move(entry));
     }
     // This may destroy the user.
@@ -17180,7 +17196,7 @@ private:
         ChatEntry entry = new_entry(ChatEntry::Kind::leave, room, user.info);
         entry.to = to;
         user.expires = (Time::max)();
-        room.presence_.set_told(user, Told::leave);
+        room.presence_.set_forwarded(user, Forwarded::leave);
         // Later joins on this hub may use the name.
         if (only_here(user)) room.presence_.release_name(user);
         forward(std::move(entry));
@@ -17362,14 +17378,14 @@ private:
     }
     inline void on_read(const ChatFact& fact);
     // The connection gets an answer to its line when the store has kept the fact or has failed to.
-    void ask(const ChatFact& fact, std::uint64_t number, const std::string& tag) {
-        asked_.find_or_emplace(asked_key(fact)).push_back({number, tag});
+    void add_waiter(const ChatFact& fact, std::uint64_t number, const std::string& tag) {
+        waiters_.find_or_emplace(waiter_key(fact)).push_back({number, tag});
     }
     // The value is part of a marker's key, because one user may send two lines for the same room.
-    static std::string asked_key(const ChatFact& fact) {
+    static std::string waiter_key(const ChatFact& fact) {
         return text::concat({fact.scope, "\n", fact.key, "\n", fact.scope == "read" ? fact.value : std::string()});
     }
-    inline std::vector<Asked> take_asked(const ChatFact& fact);
+    inline std::vector<Waiter> take_waiters(const ChatFact& fact);
     inline void put_marker(const ChatHandler& handler, const std::string& what, std::uint64_t id,
                            const std::string& tag);
 
@@ -17467,10 +17483,10 @@ private:
         const std::int64_t expires = ending ? 0 : unix_ms() + static_cast<std::int64_t>(to_milliseconds(duration));
         ChatFact fact{scope, key, ending ? "" : name.empty() ? "?" : name, {}, expires};
         on_fact(fact);
-        tell_decision(fact);
+        call_on_decision(fact);
         store_->put(std::move(fact));
     }
-    void tell_decision(const ChatFact& fact) {
+    void call_on_decision(const ChatFact& fact) {
         if (!on_decision) return;
         on_first_hub([fact](ChatHub& hub) { hub.run_hook("ChatHub::on_decision", [&] { hub.on_decision(fact); }); });
     }
@@ -17489,10 +17505,11 @@ private:
     // Closes the connections of a user to a room, on all hubs.
     inline void kick(const ChatRoom& room, const std::string& name, std::string_view reason);
     inline void on_kick(const ChatEntry& entry);
-    inline void ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration);
+    inline void ban_unshared_address(const ChatHandler& handler, const std::string& name, Duration duration);
     inline bool has_others(const std::string& key, const std::string& than) const;
     inline void on_address_question(const ChatEntry& entry);
     inline void on_fact(const ChatFact& fact) override;
+    inline void on_ban_or_mute(const ChatFact& fact);
     inline void on_fact_failure(const ChatFact& fact, const std::string& cause) override;
     void load_facts(const char* scope) {
         store_->facts(scope, "", [this](const std::vector<ChatFact>& facts, const std::string& error) {
@@ -17706,7 +17723,7 @@ private:
     }
     inline void on_entry(const ChatEntry& entry) override;
     inline bool deliver(const ChatEntry& entry);
-    void tell(const ChatEntry& entry) {
+    void call_on_event(const ChatEntry& entry) {
         if (is_first_ && on_event) run_hook("ChatHub::on_event", [&] { on_event(entry); });
     }
     inline void on_duplicate(const ChatEntry& entry) override;
@@ -17770,13 +17787,13 @@ private:
     StringMap<std::int64_t> invitations_;     // their expiry in Unix time, by invitation_key(); 0: never
     StringMap<std::string> accounts_;         // names of accounts, by chat_fold()
     StringMap<std::string> spellings_;        // names of rooms that several hubs may have, by key
-    StringMap<std::vector<Asked>> asked_;     // connections that wait until a fact is kept, by asked_key()
+    StringMap<std::vector<Waiter>> waiters_;  // connections that wait until a fact is kept, by waiter_key()
     StringMap<bool> noted_;                   // constant facts that the store already has
     const std::string id_;
     const std::uint64_t first_number_;  // no other hub has numbers near it; connections get the next ones
     std::uint64_t last_number_;
     detail::Deadlines bans_, mutes_;
-    StringMap<bool> lone_addresses_;  // addresses of banned guests, with the guests' ids, while other hubs are asked
+    StringMap<bool> pending_address_bans_;  // by address and id of the guest; other hubs may still object
     bool pruning_ = false;
     bool beating_ = false;                        // ChatStore::beat() is called every two seconds
     std::string secret_;                          // empty: the store has not answered yet
@@ -18836,7 +18853,7 @@ private:
         if (!hub.may_make_fact(handler_.address_))
             return error("flood", "There are too many new invitations. Wait a little.");
         const std::string id = by_id ? std::string(rest.substr(1)) : user->info.id;
-        hub.ask({"invite", ChatHub::invitation_key(room_->name(), id)}, handler_.number_, handler_.tag_);
+        hub.add_waiter({"invite", ChatHub::invitation_key(room_->name(), id)}, handler_.number_, handler_.tag_);
         hub.invite(*room_, id, by_id || !user->identity.empty(), handler_.user().name, handler_.identity_);
     }
     void access(std::string_view rest) {
@@ -18868,7 +18885,7 @@ private:
     }
     void set_options(const ChatRoomOptions& options) {
         ChatFact fact{"room", room_->key(), options.to_fact()};
-        handler_.hub_->ask(fact, handler_.number_, handler_.tag_);
+        handler_.hub_->add_waiter(fact, handler_.number_, handler_.tag_);
         handler_.hub_->store().put(std::move(fact));
         handler_.server().report(LogLevel::info, "chat_moderation",
                                  {{"action", "options"},
@@ -19414,12 +19431,12 @@ inline bool ChatHub::on_ban(const ChatEntry& entry) {
             continue;
         }
         for (const ChatHandler* each : std::vector<ChatHandler*>(user->connections))
-            ban_lone_address(*each, entry.text, duration);
+            ban_unshared_address(*each, entry.text, duration);
     }
     return false;
 }
 // Bans the address of a guest, unless others are connected from it. Other hubs have one second to object.
-inline void ChatHub::ban_lone_address(const ChatHandler& handler, const std::string& name, Duration duration) {
+inline void ChatHub::ban_unshared_address(const ChatHandler& handler, const std::string& name, Duration duration) {
     const std::string key = address_key(handler.remote_address());
     if (has_others(key, handler.user_.id)) return;
     if (!beating_) return decide("ban", key, name, duration);
@@ -19427,10 +19444,10 @@ inline void ChatHub::ban_lone_address(const ChatHandler& handler, const std::str
     entry.kind = ChatEntry::Kind::ban;
     entry.user = handler.user_.id;
     entry.to = key;
-    lone_addresses_.find_or_emplace(text::concat({key, "\n", entry.user}));
+    pending_address_bans_.find_or_emplace(text::concat({key, "\n", entry.user}));
     forward(entry);
     server_.loop().call_later(std::chrono::seconds(1), [this, key, id = entry.user, name, duration] {
-        if (lone_addresses_.erase(text::concat({key, "\n", id}))) decide("ban", key, name, duration);
+        if (pending_address_bans_.erase(text::concat({key, "\n", id}))) decide("ban", key, name, duration);
     });
 }
 inline bool ChatHub::has_others(const std::string& key, const std::string& than) const {
@@ -19440,7 +19457,7 @@ inline bool ChatHub::has_others(const std::string& key, const std::string& than)
 }
 inline void ChatHub::on_address_question(const ChatEntry& entry) {
     if (entry.quiet) {
-        lone_addresses_.erase(text::concat({entry.to, "\n", entry.user}));
+        pending_address_bans_.erase(text::concat({entry.to, "\n", entry.user}));
     } else if (!appended_here(entry) && has_others(entry.to, entry.user)) {
         ChatEntry answer = entry;
         answer.quiet = true;
@@ -19454,7 +19471,7 @@ inline void ChatHub::on_address_question(const ChatEntry& entry) {
 inline void ChatHub::on_read(const ChatFact& fact) {
     const std::size_t end = fact.key.find('\n');
     const std::string id = fact.key.substr(0, end), what = fact.key.substr(end + 1);
-    const std::vector<Asked> asked = take_asked(fact);
+    const std::vector<Waiter> waiters = take_waiters(fact);
     UserState* const user = users_.find(id);
     if (user == nullptr) return;
     if (fact.value.empty()) {
@@ -19468,33 +19485,33 @@ inline void ChatHub::on_read(const ChatFact& fact) {
     if (value < marker) store_->put({"read", fact.key, std::to_string(marker), fact.author});
     else marker = value;
     for (ChatHandler* each : connections_of(id)) {
-        const auto is_own = [each](const Asked& one) { return one.number == each->number_; };
-        const auto own = std::find_if(asked.begin(), asked.end(), is_own);
-        if (own != asked.end()) each->send_read_marker(what, own->tag);
+        const auto is_own = [each](const Waiter& one) { return one.number == each->number_; };
+        const auto own = std::find_if(waiters.begin(), waiters.end(), is_own);
+        if (own != waiters.end()) each->send_read_marker(what, own->tag);
         else if (is_new) each->send_read_marker(what, {});
     }
 }
-inline std::vector<ChatHub::Asked> ChatHub::take_asked(const ChatFact& fact) {
-    const std::string key = asked_key(fact);
-    std::vector<Asked>* const found = asked_.find(key);
+inline std::vector<ChatHub::Waiter> ChatHub::take_waiters(const ChatFact& fact) {
+    const std::string key = waiter_key(fact);
+    std::vector<Waiter>* const found = waiters_.find(key);
     if (found == nullptr) return {};
-    std::vector<Asked> asked = std::move(*found);
-    asked_.erase(key);
-    return asked;
+    std::vector<Waiter> waiters = std::move(*found);
+    waiters_.erase(key);
+    return waiters;
 }
 inline void ChatHub::put_marker(const ChatHandler& handler, const std::string& what, std::uint64_t id,
                                 const std::string& tag) {
     ChatFact fact{"read", text::concat({handler.user_.id, "\n", what}), std::to_string(id), handler.identity_};
-    ask(fact, handler.number_, tag);
+    add_waiter(fact, handler.number_, tag);
     store_->put(std::move(fact));
 }
 // All members get the event, because their pages show whether they may speak.
 inline void ChatHub::send_options(const ChatRoom& room, const ChatFact& fact) {
     ChatEvent event("options");
     ChatHandler::add_options(event.add_text("room", room.name()), room.options);
-    const std::vector<Asked> asked = take_asked(fact);
+    const std::vector<Waiter> waiters = take_waiters(fact);
     ChatHandler* sender = nullptr;
-    for (const Asked& one : asked)
+    for (const Waiter& one : waiters)
         if (ChatHandler* const handler = connection(one.number)) {
             handler->write_event(event, one.tag);
             sender = handler;
@@ -19505,7 +19522,7 @@ inline void ChatHub::send_options(const ChatRoom& room, const ChatFact& fact) {
 inline void ChatHub::on_invitation(const ChatFact& fact) {
     const std::size_t end = fact.key.rfind('\n');
     const std::string key = fact.key.substr(0, end), id = fact.key.substr(end + 1);
-    const std::vector<Asked> asked = take_asked(fact);
+    const std::vector<Waiter> waiters = take_waiters(fact);
     if (fact.value.empty()) {
         invitations_.erase(fact.key);
         return;
@@ -19514,14 +19531,14 @@ inline void ChatHub::on_invitation(const ChatFact& fact) {
     if (fact.value == "?") return;
     ChatEvent event("invited");
     event.add_text("room", shown(key)).add_text("user", id).add_text("by", fact.value);
-    for (const Asked& one : asked)
+    for (const Waiter& one : waiters)
         if (ChatHandler* const handler = connection(one.number)) handler->write_event(event, one.tag);
     for (ChatHandler* each : connections_of(id)) each->write_message(event.dump());
 }
 inline void ChatHub::on_fact_failure(const ChatFact& fact, const std::string& cause) {
     server_.report(LogLevel::error, "chat_not_kept", {{"fact", fact.scope}, {"cause", cause}});
     if (fact.scope == "server") set_secret(fact.value);
-    for (const Asked& one : take_asked(fact))
+    for (const Waiter& one : take_waiters(fact))
         if (ChatHandler* const handler = connection(one.number))
             handler->write_error("not_kept", "That could not be stored. Try again soon.", one.tag);
 }
@@ -19553,8 +19570,10 @@ inline void ChatHub::on_fact(const ChatFact& fact) {
         else names.find_or_emplace(fact.key) = fact.value;
         return;
     }
+    if (fact.scope == "ban" || fact.scope == "mute") on_ban_or_mute(fact);
+}
+inline void ChatHub::on_ban_or_mute(const ChatFact& fact) {
     const bool is_ban = fact.scope == "ban";
-    if (!is_ban && fact.scope != "mute") return;
     const Duration left = fact.value.empty() ? Duration::zero() : std::chrono::milliseconds(fact.expires - unix_ms());
     (is_ban ? bans_ : mutes_).set(fact.key, fact.value, left, now());
     if (!is_ban || left <= Duration::zero()) return;
@@ -19578,9 +19597,9 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
     if (info.account && holder != nullptr && !holder->info.account && holder->place(id_) != nullptr)
         rename(room, *holder, room.presence_.free_name(info.name));
     User& user = room.presence_.connect(info, identity, &handler);
-    if (user.told == Told::join) return user;
+    if (user.forwarded == Forwarded::join) return user;
     try {
-        if (user.told == Told::leave && room.presence_.lost_name(user))
+        if (user.forwarded == Forwarded::leave && room.presence_.lost_name(user))
             room.presence_.set_name(user, room.presence_.free_name(user.info.name, &user));
         forward_join(room, user, number);
     } catch (...) {
@@ -19593,7 +19612,7 @@ inline ChatHub::User& ChatHub::connect(ChatRoom& room, const ChatUser& info, con
 inline void ChatHub::dismiss(ChatRoom& room, const User& guest) {
     const ChatUser info = guest.info;
     const std::vector<detail::Presence::Place> places = guest.places;
-    if (guest.told == Told::away) forward_leave(room, *room.presence_.find_id(info.id));
+    if (guest.forwarded == Forwarded::away) forward_leave(room, *room.presence_.find_id(info.id));
     for (const detail::Presence::Place& each : places) {
         if (each.hub == id_) continue;
         ChatEntry entry = new_entry(ChatEntry::Kind::leave, room, info);
@@ -19633,7 +19652,7 @@ inline void ChatHub::on_own_event(const ChatEntry& entry) {
 inline void ChatHub::kick(const ChatRoom& room, const std::string& name, std::string_view reason) {
     const User* const user = room.presence_.find(name);
     if (user == nullptr) return;
-    tell_decision({"kick", mute_key(room, *user), user->info.name});
+    call_on_decision({"kick", mute_key(room, *user), user->info.name});
     if (invited(room.name(), user->info.id)) store_->put({"invite", invitation_key(room.name(), user->info.id)});
     ChatEntry entry = new_entry(ChatEntry::Kind::kick, room, "");
     entry.to = user->info.name;
@@ -19666,15 +19685,15 @@ inline void ChatHub::on_moderation(const ChatEntry& entry) {
     }
 }
 inline void ChatHub::on_entry(const ChatEntry& entry) {
-    bool heard = true;
+    bool notify = true;
     try {
-        heard = deliver(entry);
+        notify = deliver(entry);
     } catch (const std::bad_alloc& error) {
         if (!entry.kept()) throw;
         server_.report_exception("ChatHub::on_entry", error.what());
         on_undelivered(entry);
     }
-    if (heard) tell(entry);
+    if (notify) call_on_event(entry);
 }
 // Returns false if on_event must not be called.
 inline bool ChatHub::deliver(const ChatEntry& entry) {
@@ -19942,7 +19961,7 @@ inline void ChatHub::leave_later(const ChatRoom& room, const User& user) {
     server_.loop().post([this, key = room.key(), id = user.info.id] {
         ChatRoom* const found = rooms_.find(key);
         User* const away = found == nullptr ? nullptr : found->presence_.find_id(id);
-        if (away != nullptr && away->told == Told::away) forward_leave(*found, *away);
+        if (away != nullptr && away->forwarded == Forwarded::away) forward_leave(*found, *away);
     });
 }
 inline bool ChatHub::on_leave(const ChatEntry& entry) {
@@ -19950,10 +19969,11 @@ inline bool ChatHub::on_leave(const ChatEntry& entry) {
     if (room == nullptr) return !entry.quiet;
     User* user = room->presence_.find_id(entry.user);
     if (user == nullptr) return false;
-    if (entry.hub == id_ && user->told == Told::leave) room->presence_.set_told(*user, Told::nothing);
+    if (entry.hub == id_ && user->forwarded == Forwarded::leave)
+        room->presence_.set_forwarded(*user, Forwarded::nothing);
     const bool was_present = user->erase_place(entry.hub);
     if (user->confirmed()) {
-        if (entry.to == "*" && user->told == Told::away) leave_later(*room, *user);
+        if (entry.to == "*" && user->forwarded == Forwarded::away) leave_later(*room, *user);
         return false;
     }
     ChatEntry left = entry;
@@ -19979,14 +19999,14 @@ inline bool ChatHub::on_rename(const ChatEntry& entry) {
     room->presence_.set_name(*user, entry.text);
     if (appended_here(entry)) move_mute(key, mute_key(*room, *user), entry.text);
     if (holder != nullptr && holder != user) on_lost_name(*room, *holder);
-    const bool told = room->options.presence == ChatRoomOptions::Presence::full && !room->counting_;
+    const bool announced = room->options.presence == ChatRoomOptions::Presence::full && !room->counting_;
     send_changes(*room);  // before the rename, because they have the old name
-    if (told) send_to_others(entry, event);
+    if (announced) send_to_others(entry, event);
     if (ChatHandler* const sender = connection(entry.sender)) sender->write_event(event, entry.tag);
     // A connection that waits for its history is not a member yet, but it knows its name from "hello".
     const Room& members = members_[entry.room];
     for (ChatHandler* each : user->connections)
-        if ((!told || !members.has(*each)) && each != connection(entry.sender)) each->write_message(event.dump());
+        if ((!announced || !members.has(*each)) && each != connection(entry.sender)) each->write_message(event.dump());
     return true;
 }
 
@@ -20043,7 +20063,7 @@ inline void ChatHub::on_presence(const std::string& key, const std::vector<ChatE
             on_entry(renamed);
         }
         // At the first call these users have joined earlier.
-        if (on_join(each) && room->presence_known_) tell(each);
+        if (on_join(each) && room->presence_known_) call_on_event(each);
     }
     // At the first call, the entries of this hub are still on their way.
     if (std::exchange(room->presence_known_, true)) forward_missing(*room);
@@ -20092,11 +20112,11 @@ inline void ChatHub::forward_missing(ChatRoom& room) {
         if (user == nullptr) continue;
         const detail::Presence::Place* const place = user->place(id_);
         const bool listed = user->connections.empty() && place != nullptr && !place->missing;
-        if (listed && user->told == Told::nothing) forward_leave(room, *user);
-        else if (listed && user->told == Told::leave) leave_again(room, *user);
+        if (listed && user->forwarded == Forwarded::nothing) forward_leave(room, *user);
+        else if (listed && user->forwarded == Forwarded::leave) leave_again(room, *user);
         else if (!user->connections.empty() && (place == nullptr || place->away || place->missing))
             forward_join(room, *user, user->connections.front()->number_);
-        else if (user->connections.empty() && place != nullptr && user->told == Told::away)
+        else if (user->connections.empty() && place != nullptr && user->forwarded == Forwarded::away)
             forward(new_entry(ChatEntry::Kind::away, room, user->info));
     }
     if (room.presence_.own() == 0) prune_later();
@@ -20105,16 +20125,16 @@ inline void ChatHub::forward_missing(ChatRoom& room) {
 inline void ChatHub::on_position(const std::string& name, const HistoryPage& page) {
     ChatRoom* const room = rooms_.find(name);
     if (room == nullptr) return;
-    HistoryPage told = page;
+    HistoryPage sent = page;
     // Without a gap, entries that the members have already received stay.
-    if (!page.gap) told.last_id = (std::max)(page.last_id, room->delivered_id_.value_or(0));
-    room->delivered_id_ = told.last_id;
+    if (!page.gap) sent.last_id = (std::max)(page.last_id, room->delivered_id_.value_or(0));
+    room->delivered_id_ = sent.last_id;
     room->epoch_ = page.epoch;
     const Room* const members = members_.find(name);
     if (members == nullptr) return resume_ahead(*room);
     for (WebSocketHandler& each : *members) {
         const auto& handler = static_cast<ChatHandler&>(each);
-        each.write_message(handler.history_event(*room, told, true).dump());
+        each.write_message(handler.history_event(*room, sent, true).dump());
     }
     // After a gap, all of them continue with the present entries.
     for (const ChatRoom::Ahead& each : std::exchange(room->ahead_, {})) each.resume();

@@ -452,11 +452,11 @@ TEST_CASE("a room counts the users that its hub has forwarded to the store") {
     Presence presence;
     Presence::User &anna = presence.add(named("Anna"), ""), &bert = presence.add(named("Bert"), "");
     CHECK(presence.own() == 0);
-    presence.set_told(anna, Presence::Told::join);
-    presence.set_told(anna, Presence::Told::away);
-    presence.set_told(bert, Presence::Told::join);
+    presence.set_forwarded(anna, Presence::Forwarded::join);
+    presence.set_forwarded(anna, Presence::Forwarded::away);
+    presence.set_forwarded(bert, Presence::Forwarded::join);
     CHECK(presence.own() == 2);
-    presence.set_told(anna, Presence::Told::nothing);
+    presence.set_forwarded(anna, Presence::Forwarded::nothing);
     presence.remove(bert);
     CHECK(presence.own() == 0);
 }
