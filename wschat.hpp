@@ -19304,7 +19304,7 @@ inline void ChatHandler::on_page(ChatEvent event, const std::string& room_key, c
 inline void ChatHandler::leave_full_room(const ChatRoom& room) {
     const std::size_t index = membership_index(&room);
     if (index == memberships_.size() || !is_open()) return;
-    ChatEvent event = error_event({"room_full", full_sentence});
+    ChatEvent event = error_event("room_full", full_sentence);
     write_message(event.add_text("room", room.name()).dump());
     leave_room(index, true);
     write_message(detail::ChatCommands(*this).room_event().dump());
