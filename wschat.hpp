@@ -1426,9 +1426,10 @@ bool contains(const List& list, std::string_view name) {
 
 // Removes the text up to the first separator, and the separator, from s. Returns the text without the separator.
 WSCHAT_NOINLINE inline std::string_view consume_until(std::string_view& s, char separator) {
-    const std::size_t at = s.find(separator);
-    const std::string_view part = s.substr(0, at);
-    s.remove_prefix(at == std::string_view::npos ? s.size() : at + 1);
+    const void* const found = s.empty() ? nullptr : std::memchr(s.data(), separator, s.size());
+    const char* const end = found != nullptr ? static_cast<const char*>(found) : s.data() + s.size();
+    const std::string_view part(s.data(), static_cast<std::size_t>(end - s.data()));
+    s.remove_prefix(part.size() + (found != nullptr ? 1 : 0));
     return part;
 }
 
@@ -2391,7 +2392,7 @@ struct FormPart {
 // A request: its head, and its body for a page. It owns its bytes: all views of it are valid as long as the request.
 class Request {
 public:
-    std::string_view method() const { return std::string_view(bytes_).substr(0, method_size_); }
+    std::string_view method() const { return part({0, method_size_}); }
     // As received: "/chat/tea%20room?name=Anna".
     std::string_view target() const { return part(target_); }
     // Encoded: "/chat/tea%20room". path() is decoded.
@@ -2414,7 +2415,9 @@ public:
         return std::string_view(bytes_).substr(bytes_.size() - body_size_ - certificate_size_, certificate_size_);
     }
 
-    Fields fields() const { return Fields(std::string_view(bytes_).substr(fields_begin_), names_); }
+    Fields fields() const {
+        return Fields(std::string_view(bytes_.data() + fields_begin_, bytes_.size() - fields_begin_), names_);
+    }
     // The first header of that name, compared without case. Empty if the request has none.
     std::string_view header(std::string_view name) const { return fields().find(name).value_or(std::string_view()); }
 
@@ -2496,7 +2499,8 @@ private:
         std::uint32_t begin = 0;
         std::uint32_t size = 0;
     };
-    std::string_view part(Part p) const { return std::string_view(bytes_).substr(p.begin, p.size); }
+    // Not with substr(), which checks the position.
+    std::string_view part(Part p) const { return {bytes_.data() + p.begin, p.size}; }
     Part part_of(std::string_view view) const {
         return {static_cast<std::uint32_t>(view.data() - bytes_.data()), static_cast<std::uint32_t>(view.size())};
     }
@@ -3200,6 +3204,8 @@ private:
     static void read_list(std::string_view name, std::string_view wanted, std::string_view list,
                           std::string_view element, bool& found) {
         if (!text::equals_ignore_case(name, wanted)) return;
+        found = found || text::equals_ignore_case(list, element);  // usually the only element
+        if (found) return;
         each_list_element(list, [&](std::string_view e) { found = found || text::equals_ignore_case(e, element); });
     }
 };
