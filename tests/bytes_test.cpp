@@ -86,6 +86,33 @@ TEST_SUITE_BEGIN("bytes");
 
 // ---- Bytes ----------------------------------------------------------------------------------------------------------
 
+TEST_CASE("a pool uses the blocks of destroyed objects again, also that of an object whose constructor threw") {
+    struct Object {
+        Object(BlockPool& its_pool, bool fails) : pool_(its_pool) {
+            if (fails) throw std::runtime_error("no object");
+        }
+        BlockPool& pool() const { return pool_; }
+        BlockPool& pool_;
+        char more[100] = {};
+    };
+    const std::size_t before = heap.live;
+    {
+        BlockPool blocks;
+        std::vector<PooledPtr<Object>> objects;
+        objects.reserve(100);
+        for (int round = 0; round < 3; ++round) {
+            const std::size_t allocations = heap.allocations;
+            for (int i = 0; i < 100; ++i) objects.push_back(make_pooled<Object>(blocks, blocks, false));
+            CHECK(heap.allocations - allocations == (round == 0 ? 100 : 100 - BlockPool::max_kept));
+            for (std::size_t i = 0; i < 100; ++i)
+                for (std::size_t k = 0; k < i; ++k) REQUIRE(objects[i] != objects[k]);
+            objects.clear();
+            CHECK_THROWS(make_pooled<Object>(blocks, blocks, true));
+        }
+    }
+    CHECK(heap.live == before);
+}
+
 TEST_CASE("a buffer contains all appended bytes, for pieces of any size") {
     Random random;
     Bytes bytes;

@@ -192,9 +192,8 @@ TEST_SUITE("counters") {
         connect_and_close(50);
         const Counters served = room.count();
         const Counters after = count_when_gone();
-        // The session, its HTTP part, the request, the handler, and the HTTP part that lingers after the Close frame.
-        // The rest is for the counting.
-        CHECK(served.allocations - before.allocations <= 50 * 5 + 10);
+        // The request and the handler. The rest is for the counting.
+        CHECK(served.allocations - before.allocations <= 50 * 2 + 10);
         CHECK(after.sends - before.sends == 2 * 50);
         CHECK(after.receives - before.receives <= 4 * 50);
         CHECK(after.poll_changes - before.poll_changes == 2 * 50);
