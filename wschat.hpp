@@ -11737,8 +11737,7 @@ private:
         std::string lines;
         for (const auto& [name, value] : headers.headers()) add_line(lines, name, value);
         add_cookies(lines, headers, core().request);
-        switching_protocols(http_->handshake_key, handler_->selected_subprotocol(),
-                            compression.response, lines,
+        switching_protocols(http_->handshake_key, handler_->selected_subprotocol(), compression.response, lines,
                             [&](std::initializer_list<std::string_view> parts) { http_->queue_parts(parts); });
         http_->note_answer(101, &core().request, 0);
         connection().open(Role::server, limits(), host_.arena, now(), nullptr, std::move(compression.compression));
@@ -12080,24 +12079,16 @@ public:
             return;
         }
         const bool full = used >= usable;
-        auto made = make_pooled<Session>(session_blocks, *this, std::move(socket), peer, std::move(transport), proxied);
-        Session& session = *made;
-        session.index = static_cast<std::uint32_t>(sessions_.size());
-        sessions_.push_back(std::move(made));
-        loads[number].connections = sessions_.size();
-        session.start(full);
+        add(make_pooled<Session>(session_blocks, *this, std::move(socket), peer, std::move(transport), proxied))
+            .start(full);
     }
     // Adds a connection that a client has made. Sets `made_session` before callbacks run.
     void adopt(Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, ClientHandshake opened,
                Session*& made_session) {
         auto made = make_pooled<Session>(session_blocks, *this, std::move(socket), peer, std::move(transport), false);
-        Session& session = *made;
-        session.prepare_client();  // first, because it may run out of memory
-        session.index = static_cast<std::uint32_t>(sessions_.size());
-        sessions_.push_back(std::move(made));
-        loads[number].connections = sessions_.size();
-        made_session = &session;
-        session.start_client(std::move(opened));
+        made->prepare_client();  // first, because it may run out of memory
+        made_session = &add(std::move(made));
+        made_session->start_client(std::move(opened));
     }
     bool descriptors_used() const override { return loads.connections() + loads.open_files() >= usable_descriptors(); }
     WSCHAT_COLD Response too_many_connections() override {
@@ -12127,6 +12118,13 @@ private:
     static constexpr std::size_t max_rejections_at_once = 32;  // connections that wait for their 503
 
     static Session& session_of(SessionNode& node) { return static_cast<Session&>(node); }
+
+    Session& add(PooledPtr<Session> session) {
+        session->index = static_cast<std::uint32_t>(sessions_.size());
+        sessions_.push_back(std::move(session));
+        loads[number].connections = sessions_.size();
+        return *sessions_.back();
+    }
 
     // Accepts a connection that another loop has passed on. If this loop has closed its listeners in the meantime,
     // the connection is treated like those that were accepted before the shutdown.
@@ -12215,14 +12213,7 @@ private:
     // takes n + k log n steps and no memory.
     WSCHAT_COLD void evict_largest() {
         const std::size_t max = options.server_limits.max_total_backlog, share = max / loads.size();
-        for (std::size_t i = 0; i < loads.size(); ++i) {
-            if (i == number || loads[i].backlog <= share || loads[i].asked_to_evict.exchange(true)) continue;
-            Worker& worker = *(*group_)[i];
-            worker.loop.post([&worker] {
-                worker.loads[worker.number].asked_to_evict.store(false);
-                if (worker.loads.backlog() > worker.options.server_limits.max_total_backlog) worker.evict_largest();
-            });
-        }
+        evict_on_other_loops(share);
         // std::make_heap() and std::pop_heap() would compile the destructor of Session in several places.
         std::size_t size = sessions_.size();
         const auto sift_down = [&](std::size_t parent) {
@@ -12239,6 +12230,16 @@ private:
             sift_down(0);
         }
         for (std::size_t i = 0; i < sessions_.size(); ++i) sessions_[i]->index = static_cast<std::uint32_t>(i);
+    }
+    WSCHAT_COLD void evict_on_other_loops(std::size_t share) {
+        for (std::size_t i = 0; i < loads.size(); ++i) {
+            if (i == number || loads[i].backlog <= share || loads[i].asked_to_evict.exchange(true)) continue;
+            Worker& worker = *(*group_)[i];
+            worker.loop.post([&worker] {
+                worker.loads[worker.number].asked_to_evict.store(false);
+                if (worker.loads.backlog() > worker.options.server_limits.max_total_backlog) worker.evict_largest();
+            });
+        }
     }
 
     const std::vector<std::unique_ptr<Worker>>* group_ = nullptr;
@@ -12411,9 +12412,8 @@ public:
     // from the right, and X-Forwarded-Proto; or, if the request has neither, Forwarded (RFC 7239). A proxy that only
     // forwards TCP passes on the headers of its clients: do not trust it.
     void trusted_proxies(const std::vector<std::string>& proxies) { site("trusted_proxies").trust_proxies(proxies); }
-    // Receives each log entry on the loop's thread, at most 100 per second, level and loop. Without it nothing is
-    // logged.
-    // With several loops, one call at a time.
+    // Receives each log entry on the loop's thread, at most 100 per second, level and loop. With several loops, one
+    // call at a time. Without it nothing is logged.
     WSCHAT_COLD void on_log(const std::function<void(const LogEntry&)>& function) {
         check_stopped("on_log");
         for (const auto& worker : workers_) worker->log.set(function);
@@ -21507,22 +21507,8 @@ struct RedisUrl {
         if (text::starts_with(rest, "//")) rest.remove_prefix(2);
         else if (!is_unix) fail(url, "the two slashes after the scheme are missing");
         parsed.take_user(url, rest);
-        if (is_unix) {
-            parsed.path = std::string(text::consume_until(rest, '?'));
-            if (parsed.path.empty() || parsed.path[0] != '/') fail(url, "the absolute path of the socket is missing");
-            if (!rest.empty() && !text::starts_with(rest, "db=")) fail(url, "the only parameter is \"db\"");
-            if (!rest.empty()) parsed.database = number(url, rest.substr(3), 1'000'000, "database");
-            return parsed;
-        }
-        std::string_view place = text::consume_until(rest, '/');
-        if (!rest.empty()) parsed.database = number(url, rest, 1'000'000, "database");
-        if (text::starts_with(place, "[")) {
-            place.remove_prefix(1);
-            parsed.host = std::string(text::consume_until(place, ']'));
-            if (text::starts_with(place, ":")) place.remove_prefix(1);
-        } else parsed.host = std::string(text::consume_until(place, ':'));
-        if (!place.empty()) parsed.port = number(url, place, 65535, "port");
-        if (parsed.host.empty()) fail(url, "the host is missing");
+        if (is_unix) parsed.take_path(url, rest);
+        else parsed.take_host(url, rest);
         return parsed;
     }
     // The URL without the user and the password.
@@ -21547,6 +21533,24 @@ private:
             fail(url, "a user or a password is incomplete: redis://user:password@host, redis://:password@host");
         user = *decoded_user;
         password = *decoded_password;
+    }
+    // "/run/redis.sock?db=0"
+    void take_path(std::string_view url, std::string_view rest) {
+        path = std::string(text::consume_until(rest, '?'));
+        if (path.empty() || path[0] != '/') fail(url, "the absolute path of the socket is missing");
+        if (!rest.empty() && !text::starts_with(rest, "db=")) fail(url, "the only parameter is \"db\"");
+        if (!rest.empty()) database = number(url, rest.substr(3), 1'000'000, "database");
+    }
+    // "host:6379/0"
+    void take_host(std::string_view url, std::string_view rest) {
+        std::string_view place = text::consume_until(rest, '/');
+        if (!rest.empty()) database = number(url, rest, 1'000'000, "database");
+        const bool brackets = text::starts_with(place, "[");
+        if (brackets) place.remove_prefix(1);
+        host = std::string(text::consume_until(place, brackets ? ']' : ':'));
+        if (brackets && text::starts_with(place, ":")) place.remove_prefix(1);
+        if (!place.empty()) port = number(url, place, 65535, "port");
+        if (host.empty()) fail(url, "the host is missing");
     }
     static int number(std::string_view url, std::string_view digits, std::uint64_t max, const char* what) {
         const auto value = text::parse_unsigned(digits, max);
@@ -21698,12 +21702,12 @@ private:
         places_.clear();
         watch();
         if (transport_ != nullptr) flush();  // starts the handshake
-        greet();
+        on_established();
     }
     // The TLS handshake is complete.
-    void greet() {
-        if (ended_ || greeted_ || (transport_ != nullptr && !transport_->established())) return;
-        greeted_ = true;
+    void on_established() {
+        if (ended_ || established_ || (transport_ != nullptr && !transport_->established())) return;
+        established_ = true;
         const std::string cause = refuse_ ? refuse_() : std::string();
         if (!cause.empty()) return fail(cause);
         if (on_connected) run_guarded([&] { on_connected(); }, [](const char*) {});
@@ -21750,7 +21754,7 @@ private:
             if (got.outcome == IoResult::Outcome::end) return fail("Redis has closed the connection");
             if (got.outcome == IoResult::Outcome::done) read({data.data(), got.size});
             if (ended_) return;
-            greet();
+            on_established();
             const bool has_input = transport_ != nullptr && transport_->has_input();
             more = has_input || (got.size == data.size() && round < 64);
         }
@@ -21807,7 +21811,7 @@ private:
     std::string output_;
     std::size_t written_ = 0;          // bytes of output_ that were sent
     std::deque<RedisAnswer> answers_;  // the callbacks of commands without an answer, in order
-    bool connected_ = false, greeted_ = false, ended_ = false;
+    bool connected_ = false, established_ = false, ended_ = false;
     bool watches_read_ = false, watches_write_ = false;
 };
 
@@ -21882,6 +21886,26 @@ struct RedisCounts {
             add("broadcasts_dropped_total", "Broadcasts that were not sent.", counts->dropped);
         };
     }
+};
+
+// The metrics of several links.
+inline MetricSource join_sources(std::vector<MetricSource> sources) {
+    return [sources = std::move(sources)](std::vector<Metric>& all) {
+        for (const MetricSource& each : sources) each(all);
+    };
+}
+
+// A log entry on its way to another thread.
+struct RedisLogEntry {
+    RedisLogEntry(LogLevel its_level, std::string_view its_event, const LogFields& fields)
+        : level(its_level), event(its_event) {
+        for (const auto& [name, value] : fields) copies.emplace_back(name, value);
+    }
+    LogFields fields() const { return LogFields(copies.begin(), copies.end()); }
+
+    LogLevel level;
+    std::string event;
+    std::vector<std::pair<std::string, std::string>> copies{};
 };
 
 // A user of a RedisLink. All calls come on the link's thread.
@@ -22037,7 +22061,7 @@ public:
         if (is_news)
             log(LogLevel::warning, was_up ? "redis_lost" : "redis_unreachable",
                 {{"redis", name()}, {"cause", cause}, {"retry_in_ms", std::to_string(ms)}});
-        retry_ = loop_.call_later(delay, [this] { connect(); });
+        loop_.call_later(delay, [this] { connect(); });
     }
 
 private:
@@ -22077,7 +22101,7 @@ private:
         messages_ = make_connection();
         for (const auto& connection : {commands_, messages_}) {
             connection->on_closed = [this](const std::string& cause) { fail(cause); };
-            connection->on_connected = [this, made = connection.get()] { greet(*made); };
+            connection->on_connected = [this, made = connection.get()] { set_up(*made); };
         }
         messages_->on_published = [this](const redisReply& reply) { on_published(reply); };
         for (const auto& connection : {commands_, messages_})
@@ -22098,23 +22122,24 @@ private:
 #endif
         return std::make_shared<RedisConnection>(loop_);
     }
-    void greet(RedisConnection& connection) {
+    void set_up(RedisConnection& connection) {
         if (!url_.password.empty()) {
             RedisArguments arguments{"AUTH", url_.user, url_.password};
             if (url_.user.empty()) arguments.erase(arguments.begin() + 1);
-            setup(connection, arguments, [](const redisReply*) {});
+            send_setup(connection, arguments, [](const redisReply*) {});
         }
-        if (url_.database != 0) setup(connection, {"SELECT", std::to_string(url_.database)}, [](const redisReply*) {});
+        if (url_.database != 0)
+            send_setup(connection, {"SELECT", std::to_string(url_.database)}, [](const redisReply*) {});
         if (&connection == commands_.get())
-            return setup(connection, {"INFO", "server"},
-                         [this](const redisReply* reply) { on_info(redis_text(reply)); });
+            return send_setup(connection, {"INFO", "server"},
+                              [this](const redisReply* reply) { on_info(redis_text(reply)); });
         for (const auto& [name, subscription] : subscriptions_)
             if (name != channel("node:" + node_)) connection.subscribe("SUBSCRIBE", name);
         if (on_any_) connection.subscribe("PSUBSCRIBE", all_pattern());
         connection.subscribe("SUBSCRIBE", channel("node:" + node_));  // last: after its answer all are subscribed
     }
     template <class Then>
-    void setup(RedisConnection& connection, const RedisArguments& arguments, Then&& then) {
+    void send_setup(RedisConnection& connection, const RedisArguments& arguments, Then&& then) {
         connection.send(arguments, [this, then](const redisReply* reply, const std::string& cause) {
             if (state_ != State::connecting) return;
             if (reply != nullptr) return then(reply);
@@ -22222,7 +22247,7 @@ private:
     bool permanent_ = false;
     std::string version_, run_id_;
     Time heard_commands_{}, heard_messages_{};
-    Loop::TimerId timeout_ = 0, heartbeat_ = 0, retry_ = 0;
+    Loop::TimerId timeout_ = 0, heartbeat_ = 0;
     StringMap<Subscription> subscriptions_;  // by channel
     std::string all_begin_;
     std::function<void(std::string_view, std::string_view)> on_any_;  // the callback of subscribe_all()
@@ -22373,12 +22398,8 @@ private:
         void on_redis_up() override { start.succeed(); }
         void on_redis_down(const std::string& cause, bool permanent) override { start.fail(cause, permanent); }
         void on_redis_log(LogLevel level, std::string_view event, const LogFields& fields) override {
-            std::vector<std::pair<std::string, std::string>> copies;
-            for (const auto& [key, value] : fields) copies.emplace_back(std::string(key), value);
-            mailbox_->post([level, name = std::string(event), copies, shared = shared_] {
-                LogFields views;
-                for (const auto& [key, value] : copies) views.emplace_back(key, value);
-                if (shared->log) shared->log(level, name, views);
+            mailbox_->post([entry = RedisLogEntry(level, event, fields), shared = shared_] {
+                if (shared->log) shared->log(entry.level, entry.event, entry.fields());
             });
         }
         void on_turn_end() override {
@@ -22440,9 +22461,7 @@ public:
     MetricSource metrics() const override {
         std::vector<MetricSource> sources;
         for (const auto& each : buses_) sources.push_back(each->metrics());
-        return [sources](std::vector<Metric>& all) {
-            for (const MetricSource& each : sources) each(all);
-        };
+        return join_sources(std::move(sources));
     }
 
 private:
@@ -23387,7 +23406,7 @@ public:
                         std::vector<std::pair<std::string, std::size_t>> list;
                         for (std::size_t i = 1; i + 1 < texts.size(); i += 2)
                             list.emplace_back(std::string(texts[i]), static_cast<std::size_t>(texts.number(i + 1)));
-                        tell([callback, list, cause](Listener&) { callback(list, cause); });
+                        call_listener([callback, list, cause](Listener&) { callback(list, cause); });
                     });
     }
     void watch(const std::string& room) {
@@ -23441,22 +23460,14 @@ public:
              });
     }
     void before(const std::string& room, std::uint64_t id, std::size_t limit, ChatStore::PageCallback callback) {
-        auto scan = std::make_shared<Scan>();
-        scan->room = room;
-        scan->limit = limit;
-        scan->wanted = [](const ChatEntry& entry) { return !entry.is_amendment(); };
-        scan->callback = std::move(callback);
-        continue_scan(scan, id == 0 ? 0 : id - 1);
+        continue_scan(std::make_shared<Scan>(Scan{room, limit, std::move(callback)}), id == 0 ? 0 : id - 1);
     }
     void search(const std::string& room, const std::string& words, std::size_t limit,
                 ChatStore::PageCallback callback) {
-        auto scan = std::make_shared<Scan>();
-        scan->room = room;
-        scan->limit = limit;
+        const auto scan = std::make_shared<Scan>(Scan{room, limit, std::move(callback)});
         scan->wanted = [all = ChatStore::search_words(words)](const ChatEntry& entry) {
             return entry.is_message() && !entry.removed && !all.empty() && ChatStore::contains_words(entry.text, all);
         };
-        scan->callback = std::move(callback);
         continue_scan(scan, HistoryPosition::max_id);
     }
     void put(ChatFact fact) {
@@ -23468,7 +23479,7 @@ public:
                                                     : texts[0] == "late" ? "Redis was too slow"
                                                                          : cause;
                         if (!failure.empty())
-                            return tell([fact, failure](Listener& to) { to.on_fact_failure(fact, failure); });
+                            return call_listener([fact, failure](Listener& to) { to.on_fact_failure(fact, failure); });
                         arrive(feed, texts.number(1), std::string(texts[2]));
                     });
     }
@@ -23486,7 +23497,7 @@ public:
                             found.push_back(
                                 {scope, std::string(texts[i]), fact[0], fact[1], static_cast<std::int64_t>(expires)});
                         }
-                        tell([callback, found, cause](Listener&) { callback(found, cause); });
+                        call_listener([callback, found, cause](Listener&) { callback(found, cause); });
                     });
     }
     // Erases facts first, then room by room, 200 entries at a time.
@@ -23522,7 +23533,7 @@ public:
                  part.end = !cause.empty() || part.last >= texts.number(1);
                  const bool skip = part.lines.empty() && !part.end;
                  if (skip) return export_room(room, part.last, callback);
-                 tell([callback, part = std::move(part), me = this, room](Listener&) {
+                 call_listener([callback, part = std::move(part), me = this, room](Listener&) {
                      if (callback(part) && !part.end)
                          me->link_->post([me, room, last = part.last, callback, alive = me->alive_] {
                              if (*alive) me->export_room(room, last, callback);
@@ -23554,12 +23565,8 @@ public:
         start_.fail(cause, permanent);
     }
     void on_redis_log(LogLevel level, std::string_view event, const LogFields& fields) override {
-        std::vector<std::pair<std::string, std::string>> copies;
-        for (const auto& [key, value] : fields) copies.emplace_back(std::string(key), value);
-        tell([level, name = std::string(event), copies](Listener& listener) {
-            LogFields views;
-            for (const auto& [key, value] : copies) views.emplace_back(key, value);
-            listener.on_log(level, name, views);
+        call_listener([entry = RedisLogEntry(level, event, fields)](Listener& listener) {
+            listener.on_log(entry.level, entry.event, entry.fields());
         });
     }
     void on_turn_end() override { flush(); }
@@ -23571,11 +23578,12 @@ private:
     };
     // Reads a room backward from its newest entry, to fill a page.
     struct Scan {
-        std::string room{};
-        std::size_t limit = 0, bytes = 0;
-        std::function<bool(const ChatEntry&)> wanted{};
-        ChatStore::PageCallback callback{};
+        std::string room;
+        std::size_t limit;
+        ChatStore::PageCallback callback;
+        std::function<bool(const ChatEntry&)> wanted = [](const ChatEntry& entry) { return !entry.is_amendment(); };
         HistoryPage page{};  // newest first
+        std::size_t bytes = 0;
         bool gap = false, started = false, is_newest = false;
     };
     struct Mark {
@@ -23606,7 +23614,7 @@ private:
 
     // Work for the loop of the listener. The work of a turn is posted together.
     template <class Work>
-    void tell(Work&& work) {
+    void call_listener(Work&& work) {
         results_.emplace_back(std::forward<Work>(work));
     }
     void flush() {
@@ -23770,8 +23778,7 @@ private:
             order.held[texts.number(i)] = std::string(texts[i + 1]);
             ++link_->counts().filled;
         }
-        const std::uint64_t expected = to;
-        for (std::uint64_t id = *order.last + 1; id <= expected; ++id)
+        for (std::uint64_t id = *order.last + 1; id <= to; ++id)
             if (order.held.count(id) == 0) return lose(room, order);
         advance(room, order);
     }
@@ -23787,14 +23794,14 @@ private:
             if (std::exchange(pending->delivered, true)) return;
             record.entry.sender = pending->entry.sender;
         }
-        tell([entry = std::move(record.entry)](Listener& listener) { listener.on_entry(entry); });
+        call_listener([entry = std::move(record.entry)](Listener& listener) { listener.on_entry(entry); });
     }
     void deliver_from_feed(const std::string& data) {
         const std::vector<std::string> parts = redis_unpack(std::string_view(data).substr(1));
         if (data[0] == 'f' && parts.size() == 5) {
             const std::uint64_t expires = text::parse_unsigned(parts[4], INT64_MAX).value_or(0);
             const ChatFact fact{parts[0], parts[1], parts[2], parts[3], static_cast<std::int64_t>(expires)};
-            return tell([fact](Listener& listener) { listener.on_fact(fact); });
+            return call_listener([fact](Listener& listener) { listener.on_fact(fact); });
         }
         std::optional<RedisRecord> record =
             data[0] == 'c' && parts.size() == 3 ? RedisRecord::unpack(parts[2]) : std::nullopt;
@@ -23812,7 +23819,7 @@ private:
         if (!failure.empty()) {
             ++link_->counts().not_kept;
             pending_.erase(op);
-            if (!pending.delivered) tell([entry, failure](Listener& to) { to.on_failure(entry, failure); });
+            if (!pending.delivered) call_listener([entry, failure](Listener& to) { to.on_failure(entry, failure); });
             return;
         }
         if (texts[0] == "ok" || texts[0] == "again") {
@@ -23824,8 +23831,8 @@ private:
             return forget_when_delivered(op);
         }
         pending_.erase(op);
-        if (texts[0] == "duplicate") return tell([entry](Listener& to) { to.on_duplicate(entry); });
-        tell([entry, code = std::string(texts[1])](Listener& to) { to.on_refused(entry, code); });
+        if (texts[0] == "duplicate") return call_listener([entry](Listener& to) { to.on_duplicate(entry); });
+        call_listener([entry, code = std::string(texts[1])](Listener& to) { to.on_refused(entry, code); });
     }
     // A connected Redis may refuse to write, because it lacks memory, disk space or replicas.
     void note_refusal(const std::string& cause) {
@@ -23896,16 +23903,16 @@ private:
         order.newest = (std::max)(changed ? *order.last : order.newest, newest);
         order.epoch = queue_.epoch();
         if (changed && room == feed) reload_decisions();
-        else if (changed) tell_position(room, *order.last, false, {});
+        else if (changed) report_position(room, *order.last, false, {});
         advance(room, order);
     }
-    void tell_position(const std::string& room, std::uint64_t last, bool gap, std::vector<ChatEntry> entries) {
+    void report_position(const std::string& room, std::uint64_t last, bool gap, std::vector<ChatEntry> entries) {
         HistoryPage page;
         page.epoch = queue_.epoch();
         page.last_id = last;
         page.gap = gap;
         page.entries = std::move(entries);
-        tell([room, page = std::move(page)](Listener& listener) { listener.on_position(room, page); });
+        call_listener([room, page = std::move(page)](Listener& listener) { listener.on_position(room, page); });
     }
     // Entries after order.last are lost. The members are told, and continue with the newest entries.
     void lose(const std::string& room, RedisOrder& order) {
@@ -23928,16 +23935,12 @@ private:
             found->last = page.last_id;
             found->epoch = page.epoch;
             found->newest = (std::max)(page.last_id, found->held.empty() ? 0 : found->held.rbegin()->first);
-            tell_position(room, page.last_id, true, page.entries);
+            report_position(room, page.last_id, true, page.entries);
             advance(room, *found);
         };
         // The callback is not wrapped in answer(), because the order must change before the next message.
         order.held.clear();
-        auto scan = std::make_shared<Scan>();
-        scan->room = room;
-        scan->limit = shown;
-        scan->wanted = [](const ChatEntry& entry) { return !entry.is_amendment(); };
-        scan->callback = callback;
+        const auto scan = std::make_shared<Scan>(Scan{room, shown, callback});
         scan->is_newest = true;
         continue_scan(scan, HistoryPosition::max_id);
     }
@@ -23947,7 +23950,7 @@ private:
             facts(scope, "", [listener = listener_](const std::vector<ChatFact>& found, const std::string&) {
                 for (const ChatFact& fact : found) (*listener)->on_fact(fact);
             });
-        tell([](Listener& listener) { listener.on_facts_lost(); });
+        call_listener([](Listener& listener) { listener.on_facts_lost(); });
     }
 
     // ---- pages -----------------------------------------------------------------------------------------------------
@@ -23977,7 +23980,7 @@ private:
         return page.entries.size();
     }
     void answer(const ChatStore::PageCallback& callback, HistoryPage page) {
-        tell([callback, page = std::move(page)](Listener&) { callback(page); });
+        call_listener([callback, page = std::move(page)](Listener&) { callback(page); });
     }
     // If nothing was delivered before, the order of the room begins at the first page that was read.
     void seen(const std::string& room, const HistoryPage& page) {
@@ -23991,16 +23994,13 @@ private:
         order->epoch = page.epoch;
     }
     void newest(const std::string& room, std::size_t limit, bool gap, ChatStore::PageCallback callback) {
-        auto scan = std::make_shared<Scan>();
-        scan->room = room;
-        scan->limit = limit;
-        scan->gap = gap;
-        scan->is_newest = true;
-        scan->wanted = [](const ChatEntry& entry) { return !entry.is_amendment(); };
-        scan->callback = [this, room, callback = std::move(callback)](HistoryPage page) {
+        const auto done = [this, room, callback = std::move(callback)](HistoryPage page) {
             if (page.error.empty()) seen(room, page);
             answer(callback, std::move(page));
         };
+        const auto scan = std::make_shared<Scan>(Scan{room, limit, done});
+        scan->gap = gap;
+        scan->is_newest = true;
         continue_scan(scan, HistoryPosition::max_id);
     }
     void continue_scan(const std::shared_ptr<Scan>& scan, std::uint64_t from) {
@@ -24060,7 +24060,8 @@ private:
                     });
     }
     void finish(const Erasure& erasure, const std::string& cause) {
-        tell([callback = erasure.callback, count = erasure.messages, cause](Listener&) { callback(count, cause); });
+        call_listener(
+            [callback = erasure.callback, count = erasure.messages, cause](Listener&) { callback(count, cause); });
     }
 
     // ---- entries that are not kept, and presence -------------------------------------------------------------------
@@ -24075,7 +24076,7 @@ private:
     void fail_forwarded(const ChatEntry& entry) {
         if (entry.kind == ChatEntry::Kind::typing) return;
         if (entry.is_presence()) request_users_later(entry.room);
-        tell([entry](Listener& listener) { listener.on_failure(entry, "Redis is not connected"); });
+        call_listener([entry](Listener& listener) { listener.on_failure(entry, "Redis is not connected"); });
     }
     bool send_presence(const ChatEntry& entry, const std::string& number, const std::string& packed) {
         const char* const kind = entry.kind == ChatEntry::Kind::join     ? "join"
@@ -24093,11 +24094,11 @@ private:
     void on_presence_failed(const std::string& number, const std::string& code, const std::string& cause) {
         const std::optional<ChatEntry> entry = take_forwarded(number);
         if (!entry) return;
-        if (cause.empty()) tell([entry, code](Listener& listener) { listener.on_refused(*entry, code); });
+        if (cause.empty()) call_listener([entry, code](Listener& listener) { listener.on_refused(*entry, code); });
         else {
             note_refusal(cause);
             request_users_later(entry->room);
-            tell([entry, cause](Listener& listener) { listener.on_failure(*entry, cause); });
+            call_listener([entry, cause](Listener& listener) { listener.on_failure(*entry, cause); });
         }
     }
     void on_forwarded(const std::string& room, std::string_view packed) {
@@ -24117,7 +24118,7 @@ private:
         entry.to_user = all[14];
         if (entry.kind > ChatEntry::Kind::direct) return foreign("c:" + room);
         if (all[0] == link_->node()) return deliver_forwarded(all[1], entry);
-        tell([entry](Listener& listener) { listener.on_entry(entry); });
+        call_listener([entry](Listener& listener) { listener.on_entry(entry); });
     }
     std::optional<ChatEntry> take_forwarded(const std::string& number) {
         for (auto at = forwarded_.begin(); at != forwarded_.end(); ++at) {
@@ -24130,7 +24131,7 @@ private:
     }
     // An entry of this server is delivered when Redis sends it, so that it has its place among the others.
     void deliver_forwarded(const std::string& number, const ChatEntry& entry) {
-        if (take_forwarded(number)) tell([entry](Listener& listener) { listener.on_entry(entry); });
+        if (take_forwarded(number)) call_listener([entry](Listener& listener) { listener.on_entry(entry); });
     }
 
     // The users of a room are read together with a mark, which has a place among the entries of the room.
@@ -24149,7 +24150,7 @@ private:
                                                }
                                                found->users = read_users(found->room, RedisTexts(reply));
                                                found->read = true;
-                                               tell_users(mark, *found);
+                                               report_users(mark, *found);
                                            });
         if (!sent) marks_.erase(mark);
     }
@@ -24168,11 +24169,11 @@ private:
         Mark* const found = marks_.find(mark);
         if (found == nullptr) return;
         found->reached = true;
-        tell_users(mark, *found);
+        report_users(mark, *found);
     }
-    void tell_users(const std::string& mark, Mark& found) {
+    void report_users(const std::string& mark, Mark& found) {
         if (!found.read || !found.reached) return;
-        tell([room = found.room, users = std::move(found.users)](Listener& listener) {
+        call_listener([room = found.room, users = std::move(found.users)](Listener& listener) {
             listener.on_presence(room, users);
         });
         drop_mark(mark);
@@ -24334,9 +24335,7 @@ public:
     MetricSource metrics() const override {
         std::vector<MetricSource> sources;
         for (const auto& each : state_->shards) sources.push_back(each->link->metrics());
-        return [sources](std::vector<Metric>& all) {
-            for (const MetricSource& each : sources) each(all);
-        };
+        return detail::join_sources(std::move(sources));
     }
 
 private:
