@@ -4762,7 +4762,7 @@ class HandlerHost {
 public:
     bool dirty = false;  // mark_dirty() was called in this turn
 
-    // The answer of the Reply that the session waits for.
+    // The Reply that the session waits for has an answer.
     virtual void on_reply(ReplyAnswer answer) = 0;
 
     // The handler has output, or its connection has changed its state: the session acts on it at the end of the turn.
@@ -11294,7 +11294,7 @@ private:
         if (queue.empty() && stream_.wants_write()) offer(nullptr, 0);
         while (!queue.empty() && !blocked_ && !send_failed_) {
             const std::size_t count = queue.gather(host_.pieces.data(), Socket::max_pieces);
-            // With the most pieces there may be more of them.
+            // If there are max_pieces, the queue may have more pieces than these.
             const std::size_t sent = count < Socket::max_pieces
                                          ? note_sent(stream_.send(host_.pieces.data(), count, host_.wire), queue.size())
                                          : offer(host_.pieces.data(), count);
@@ -13146,10 +13146,10 @@ private:
         State& state = this->state();
         const WriteStatus status = work(state);
         state.write();
-        settle();
+        run_until_idle();
         return status;
     }
-    inline void settle() const;
+    inline void run_until_idle() const;
     inline WebSocketHandler* find_handler() const;
 
     std::shared_ptr<State> state_;
@@ -13177,7 +13177,7 @@ public:
     TestClient connect(const TestRequest& request) {
         const auto client = start<Link>(request, request.handshake());
         client->compression = request.compression_;
-        settle();
+        run_until_idle();
         return TestClient(client);
     }
     // Gets a page.
@@ -13185,7 +13185,7 @@ public:
     TestResponse fetch(const TestRequest& request) {
         const auto client = start<Link>(request, request.page_request());
         client->to_head = request.method_ == "HEAD";
-        settle();
+        run_until_idle();
         TestClient(client).hang_up();
         return client->response;
     }
@@ -13193,21 +13193,21 @@ public:
     // Moves the clock from timer to timer: runs due callbacks, sends pings, and ends connections whose timeout is
     // over.
     void advance(Duration duration) {
-        settle();
+        run_until_idle();
         const Time end = saturating_add(poller_->now(), (std::max)(duration, Duration::zero()));
         for (Duration next = next_timeout(); next <= end - poller_->now(); next = next_timeout()) {
             poller_->set_now(poller_->now() + next);
-            settle();
+            run_until_idle();
         }
         poller_->set_now((std::max)(end, poller_->now()));
     }
     // Runs turns until nothing is left to do. All calls of clients do this. Call it after work was posted or a
     // handler was used directly. Throws an Error if the work never ends.
-    void settle() {
+    void run_until_idle() {
         constexpr int max_turns = 100'000;
         constexpr Duration tick(1);  // the delay of call_later(0s)
         for (int turn = 0; deliver() || poller_->has_ready() || next_timeout() <= tick; ++turn) {
-            if (turn == max_turns) throw Error("TestServer::settle: the server always has more work");
+            if (turn == max_turns) throw Error("TestServer::run_until_idle: the server always has more work");
             if (next_timeout() <= tick) poller_->set_now(poller_->now() + next_timeout());
             loop().poll();
         }
@@ -13259,8 +13259,8 @@ private:
     std::shared_ptr<std::vector<std::string>> exceptions_ = std::make_shared<std::vector<std::string>>();
 };
 
-inline void TestClient::settle() const {
-    if (*state().server != nullptr) (*state().server)->settle();
+inline void TestClient::run_until_idle() const {
+    if (*state().server != nullptr) (*state().server)->run_until_idle();
 }
 inline WebSocketHandler* TestClient::find_handler() const {
     if (*state().server == nullptr) return nullptr;
@@ -15120,7 +15120,7 @@ public:
     virtual void unwatch(const std::string& /*room*/) {}
     // Each hub calls it every two seconds. If a hub has not called it for eight seconds, the store removes its users,
     // and the other hubs get a `leave` for each. If that hub still runs, it gets on_presence() for its rooms.
-    virtual void beat(const std::string& /*hub*/) {}
+    virtual void heartbeat(const std::string& /*hub*/) {}
     // Reads the names of rooms with users, in order, at most `limit`. False: the callback is not called, because only
     // this hub has users.
     virtual bool rooms(std::size_t /*limit*/, RoomsCallback /*callback*/) { return false; }
@@ -16471,8 +16471,8 @@ public:
     void unwatch(const std::string& room) override {
         call([room, port = port_](Share& share) { share.unwatch(*port, room); });
     }
-    void beat(const std::string& hub) override {
-        call([hub](Share& share) { share.store().beat(hub); });
+    void heartbeat(const std::string& hub) override {
+        call([hub](Share& share) { share.store().heartbeat(hub); });
     }
     bool rooms(std::size_t limit, RoomsCallback callback) override {
         return call([limit, then = answer(callback)](Share& share) { share.rooms(limit, then); });
@@ -17305,12 +17305,12 @@ private:
         room.expiry_scheduled_ = true;
     }
     void watch(const ChatRoom& room) {
-        if (!beating_) store_->beat(id_);
+        if (!heartbeat_started_) store_->heartbeat(id_);
         if (!store_->watch(room.key())) return;
         // If hubs spell the name differently, the first one decides.
         if (spellings_.find(room.key()) == nullptr) store_->put({"spelling", room.key(), room.name(), {}, 0, true});
-        if (std::exchange(beating_, true)) return;
-        server_.loop().call_every(std::chrono::seconds(2), [this] { store_->beat(id_); });
+        if (std::exchange(heartbeat_started_, true)) return;
+        server_.loop().call_every(std::chrono::seconds(2), [this] { store_->heartbeat(id_); });
     }
     // In a large room, a list or an event for each new user would cost the square of their number. Instead the
     // members get the number of users once a second. They get the list when it is short again.
@@ -17870,7 +17870,7 @@ private:
     detail::Deadlines bans_, mutes_;
     StringMap<bool> pending_address_bans_;  // by address and id of the guest; other hubs may still object
     bool pruning_ = false;
-    bool beating_ = false;                        // ChatStore::beat() is called every two seconds
+    bool heartbeat_started_ = false;              // ChatStore::heartbeat() is called every two seconds
     std::string secret_;                          // empty: the store has not answered yet
     std::vector<std::function<void()>> waiting_;  // handshakes that wait for the secret
     std::unique_ptr<ChatStore> store_;            // the last member, because its destructor may call the listener
@@ -19514,7 +19514,7 @@ inline bool ChatHub::on_ban(const ChatEntry& entry) {
 inline void ChatHub::ban_unshared_address(const ChatHandler& handler, const std::string& name, Duration duration) {
     const std::string key = address_key(handler.remote_address());
     if (has_others(key, handler.user_.id)) return;
-    if (!beating_) return decide("ban", key, name, duration);
+    if (!heartbeat_started_) return decide("ban", key, name, duration);
     ChatEntry entry;
     entry.kind = ChatEntry::Kind::ban;
     entry.user = handler.user_.id;
@@ -22197,7 +22197,7 @@ private:
         attempts_ = 0;
         cause_.clear();
         heard_commands_ = heard_messages_ = loop_.now();
-        heartbeat_ = loop_.call_every(beat_interval(), [this] { beat(); });
+        heartbeat_ = loop_.call_every(heartbeat_interval(), [this] { send_heartbeat(); });
         const std::vector<RedisUser*> users = users_;
         for (RedisUser* user : users) user->on_redis_up();
         for (const std::string& each : subscribed_channels()) {
@@ -22219,11 +22219,11 @@ private:
         for (const auto& [name, subscription] : subscriptions_) names.push_back(name);
         return names;
     }
-    Duration beat_interval() const {
+    Duration heartbeat_interval() const {
         return (std::max)(options_.answer_timeout / 4, Duration(std::chrono::milliseconds(50)));
     }
     // A message of this link to itself shows that both connections work.
-    void beat() {
+    void send_heartbeat() {
         if (!up()) return;
         const Time oldest = (std::min)(heard_commands_, heard_messages_);
         if (loop_.now() - oldest > options_.answer_timeout) return fail("Redis does not answer");
@@ -22420,7 +22420,7 @@ private:
             const bool valid = is_text ? valid_utf8(message.substr(1)) : !message.empty() && message[0] == 'b';
             if (valid)
                 arrived_.push_back({room, is_text ? Opcode::text : Opcode::binary, std::string(message.substr(1))});
-            else if (!std::exchange(foreign_told_, true))
+            else if (!std::exchange(foreign_logged_, true))
                 on_redis_log(
                     LogLevel::warning, "redis_foreign_data",
                     {{"redis", link_.name()}, {"cause", "another program uses " + escape_for_log(channel(room))}});
@@ -22431,7 +22431,7 @@ private:
         std::shared_ptr<Shared> shared_;
         StringMap<bool> rooms_;
         std::vector<Broadcast> arrived_;
-        bool foreign_told_ = false;
+        bool foreign_logged_ = false;
     };
 
     void end() {
@@ -22522,7 +22522,7 @@ namespace detail {
 //   f:SCOPE   hash: facts by key; i:SCOPE sorted set: their keys; scopes: all scopes; x: expiries
 //   feed      stream: conversations and facts, which each server gets
 //   p:ROOM    hash: users by public id; n:ROOM hash: the ids by folded names; present: the rooms with users
-//   hubs      sorted set: hubs by the time of their latest beat; h:HUB set: the rooms in which a hub may have users
+//   hubs      sorted set: hubs by their latest heartbeat; h:HUB set: the rooms in which a hub may have users
 constexpr const char* redis_script = R"lua(
 if redis.replicate_commands then redis.replicate_commands() end
 local call, meta, cmd = redis.call, KEYS[1], ARGV[1]
@@ -23392,7 +23392,7 @@ public:
         forwarded_.emplace_back(std::move(number), entry);
         if (order == nullptr && !entry.is_presence()) deliver_forwarded(forwarded_.back().first, entry);
     }
-    void beat(const std::string& hub) {
+    void heartbeat(const std::string& hub) {
         if (!queue_.is_open()) return;
         queue_.call({"beat", leave_number(), hub}, false, [this](const redisReply* reply, const std::string&) {
             if (RedisTexts(reply)[1] != "new") return;
@@ -23648,7 +23648,7 @@ private:
             queue_.send_all();
             for (const std::string& room : room_names()) on_subscribed(room);
             start_.succeed();
-            if (!std::exchange(beating_, true)) watch_epoch();
+            if (!std::exchange(watches_epoch_, true)) watch_epoch();
         });
     }
     void lose_synchronization() {
@@ -23671,7 +23671,7 @@ private:
     void watch_epoch() {
         link_->loop().call_later(link_->options().answer_timeout / 2, [this, alive = alive_] {
             if (!*alive) return;
-            beat("");
+            heartbeat("");
             watch_epoch();
         });
     }
@@ -23701,7 +23701,7 @@ private:
                          [this](std::string_view mark) { on_mark(std::string(mark)); });
     }
     void foreign(const std::string& channel) {
-        if (!std::exchange(foreign_told_, true))
+        if (!std::exchange(foreign_logged_, true))
             log(LogLevel::warning, "redis_foreign_data",
                 "another program uses \"" + escape_for_log(link_->channel(channel)) + "\"");
     }
@@ -24217,7 +24217,7 @@ private:
     std::deque<std::pair<std::string, ChatEntry>> forwarded_;  // forwarded entries that Redis has not sent back
     StringMap<Mark> marks_;
     std::uint64_t operations_ = 0;
-    bool beating_ = false, foreign_told_ = false, refuses_ = false, all_ = false;
+    bool watches_epoch_ = false, foreign_logged_ = false, refuses_ = false, all_ = false;
     const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 
@@ -24275,9 +24275,9 @@ public:
     void unwatch(const std::string& room) override {
         run(of_room(room), [room](detail::RedisStore& store) { store.unwatch(room); });
     }
-    void beat(const std::string& hub) override {
+    void heartbeat(const std::string& hub) override {
         if (state_->follow) state_->follow();
-        run_on_all([hub](detail::RedisStore& store) { store.beat(hub); });
+        run_on_all([hub](detail::RedisStore& store) { store.heartbeat(hub); });
     }
     bool rooms(std::size_t limit, RoomsCallback callback) override {
         using List = std::vector<std::pair<std::string, std::size_t>>;

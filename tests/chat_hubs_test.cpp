@@ -35,7 +35,7 @@ public:
             hub(i).limits.presence_window = Duration::zero();
             hub(i).limits.room_creations = hub(i).limits.address_room_creations = Rate();
         }
-        settle();
+        run_until_idle();
     }
 
     ChatHub& hub(std::size_t i) { return ChatHub::of(*servers[i]); }
@@ -45,16 +45,16 @@ public:
         return servers[i]->connect("/chat/" + (has_room ? query : "tea?" + query));
     }
     // Lets all servers work until nothing is left to do.
-    void settle() {
+    void run_until_idle() {
         for (int round = 0; round < 8; ++round)
             for (const auto& server : servers)
-                if (server != nullptr) server->settle();
+                if (server != nullptr) server->run_until_idle();
     }
     void advance(Duration duration) {
-        settle();
+        run_until_idle();
         for (const auto& server : servers)
             if (server != nullptr) server->advance(duration);
-        settle();
+        run_until_idle();
     }
     // "Anna Bert" of a room, by each hub that has the room, with the hubs that have other users: "Anna Bert | Anna".
     std::string users(const std::string& room = "tea") {
@@ -125,7 +125,7 @@ public:
         return true;
     }
     void unwatch(const std::string&) override { ++unwatched; }
-    void beat(const std::string& hub) override {
+    void heartbeat(const std::string& hub) override {
         ++beats;
         CHECK(hub == listener_->hub());
         CHECK(hub.size() == 16);
@@ -178,7 +178,7 @@ struct Scripted {
     }
     void deliver(const ChatEntry& entry) {
         store->deliver(entry);
-        server.settle();
+        server.run_until_idle();
     }
     ScriptedStore* store = nullptr;
     TestServer server;
@@ -246,27 +246,27 @@ TEST_CASE("users of several hubs are in one room: joins, messages, names, typing
     Hubs hubs(3);
     TestClient anna = hubs.connect(0, "name=Anna"), bert = hubs.connect(1, "name=Bert"),
                carl = hubs.connect(2, "name=Carl");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(hubs.users() == "Anna Bert Carl");
     CHECK(types(anna) == "join join");
     for (TestClient* each : {&bert, &carl}) each->received();
     bert.send("/tag t1 hello");
-    hubs.settle();
+    hubs.run_until_idle();
     for (TestClient* each : {&anna, &bert, &carl}) {
         const std::string said = last(*each, "said");
         CHECK(field_of(said, "text") == "hello");
         CHECK(field_of(said, "tag") == (each == &bert ? "t1" : ""));
     }
     carl.send("/typing");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(types(anna) == "typing");
     CHECK(types(carl) == "");
     bert.send("/nick Berta");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(contains(last(carl, "nick"), "\"old\":\"Bert\",\"name\":\"Berta\""));
     CHECK(hubs.users() == "Anna Berta Carl");
     bert.close();
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(types(carl) == "leave");
     CHECK(hubs.users() == "Anna Carl");
     carl.send("/who");
@@ -305,7 +305,7 @@ TEST_CASE("a client from a server with newer entries gets no entry twice") {
         page.epoch = epoch;
         page.last_id = 3;
         scripted.store->move(page);
-        scripted.server.settle();
+        scripted.server.run_until_idle();
     }
     const std::vector<std::string> received = bert.received();
     REQUIRE(received.size() >= 1);
@@ -327,7 +327,7 @@ TEST_CASE("a position without a gap removes no entry that the members have") {
     page.epoch = "fedcba9876543210";
     page.last_id = 1;
     scripted.store->move(page);
-    scripted.server.settle();
+    scripted.server.run_until_idle();
     CHECK(contains(last(anna, "history"), "\"last\":2"));
     ChatEntry entry = ScriptedStore::remote(ChatEntry::Kind::said, "Carl");
     entry.id = 2;
@@ -401,7 +401,7 @@ TEST_CASE("a join or a leave that the store has lost is forwarded again") {
 TEST_CASE("if two users join with one name at once, the first in the order of the store gets it") {
     Hubs hubs(3);
     TestClient one = hubs.connect(1, "name=Anna&key=first-secret"), two = hubs.connect(2, "name=Anna&key=other-secret");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(own_name(one) == "Anna");
     CHECK(own_name(two) == "Anna-2");
     CHECK(contains(last(two, "nick"), "\"old\":\"Anna\",\"name\":\"Anna-2\""));
@@ -411,7 +411,7 @@ TEST_CASE("if two users join with one name at once, the first in the order of th
     // A third and a fourth one, and both have been refused once.
     TestClient three = hubs.connect(1, "name=anna&key=third-secret"),
                four = hubs.connect(2, "name=ANNA&key=last-secret");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(hubs.users() == "Anna Anna-2 anna-3 ANNA-4");
 }
 
@@ -420,9 +420,9 @@ TEST_CASE("if two users enter a room with one free place at once, the first in t
     for (std::size_t i = 0; i < 3; ++i)
         hubs.hub(i).room_options = [](std::string_view, ChatRoomOptions& options) { options.max_users = 2; };
     TestClient anna = hubs.connect(0, "name=Anna&key=anna-secret");
-    hubs.settle();
+    hubs.run_until_idle();
     TestClient bert = hubs.connect(1, "name=Bert"), carl = hubs.connect(2, "name=Carl");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(hubs.users() == "Anna Bert");
     CHECK(types(bert) == "");
     const std::vector<std::string> events = carl.received();
@@ -435,16 +435,16 @@ TEST_CASE("if two users enter a room with one free place at once, the first in t
 
     // A further connection of a user who is there, on any hub.
     TestClient tab = hubs.connect(2, "name=Anna&key=anna-secret");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(types(tab) == "");
     CHECK(hubs.users() == "Anna Bert");
 
     // The refused client stays connected, and gets the next free place. The others hear only of that.
     CHECK(types(anna) == "join");
     bert.close();
-    hubs.settle();
+    hubs.run_until_idle();
     carl.send("/join tea");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(hubs.users() == "Anna Carl");
     CHECK(types(anna) == "leave join");
 }
@@ -454,17 +454,17 @@ TEST_CASE("the hub with the store also refuses a user for whom a room has no pla
     for (std::size_t i = 0; i < 2; ++i)
         hubs.hub(i).room_options = [](std::string_view, ChatRoomOptions& options) { options.max_users = 1; };
     TestClient anna = hubs.connect(1, "name=Anna");
-    hubs.settle();
+    hubs.run_until_idle();
     // This hub does not know the room before its first user enters it.
     TestClient bert = hubs.connect(0, "name=Bert");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(contains(last(bert, "error"), "room_full"));
     CHECK(hubs.users() == "Anna");
     CHECK(hubs.hub(0).room_count() == 0);
     anna.close();
-    hubs.settle();
+    hubs.run_until_idle();
     bert.send("/join tea");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(hubs.users() == "Bert");
 }
 
@@ -487,11 +487,11 @@ TEST_CASE("a limit of users that becomes lower removes nobody, also if the store
 TEST_CASE("if two users take one name at once, the second gets an error with its tag") {
     Hubs hubs(3);
     TestClient one = hubs.connect(1, "name=Anna"), two = hubs.connect(2, "name=Bert");
-    hubs.settle();
+    hubs.run_until_idle();
     two.received();
     one.send("/tag t1 /nick Cleo");
     two.send("/tag t2 /nick cleo");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(hubs.users() == "Bert Cleo");
     const std::string error = last(two, "error");
     CHECK(field_of(error, "code") == "name_taken");
@@ -502,10 +502,10 @@ TEST_CASE("if two users take one name at once, the second gets an error with its
 TEST_CASE("an account takes its name on all hubs, and a user of another hub gets a new one") {
     Hubs hubs(3);
     TestClient guest = hubs.connect(2, "name=Holly");
-    hubs.settle();
+    hubs.run_until_idle();
     guest.received();
     TestClient account = hubs.connect(1, "account=Holly");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(own_name(account) == "Holly");
     CHECK(own_name(guest) == "Holly-2");
     CHECK(hubs.users() == "Holly Holly-2");
@@ -515,21 +515,21 @@ TEST_CASE("an account takes its name on all hubs, and a user of another hub gets
 TEST_CASE("a user with connections to several hubs is one user, who joins and leaves once") {
     Hubs hubs(3);
     View watcher(hubs.connect(0, "name=Watcher"));
-    hubs.settle();
+    hubs.run_until_idle();
     TestClient desk = hubs.connect(1, "name=Anna&key=anna-secret"), phone = hubs.connect(2, "name=Ann&key=anna-secret");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(watcher.names() == "Anna Watcher");
     CHECK(own_name(phone) == "Anna");
     CHECK(field_of(last(phone, "nick"), "old") == "Ann");
     phone.send("/nick Annabel");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(own_name(desk) == "Annabel");
     CHECK(field_of(last(desk, "nick"), "name") == "Annabel");
     desk.hang_up();
     hubs.advance(10s);
     CHECK(watcher.names() == "Annabel Watcher");
     phone.close();
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(watcher.names() == "Watcher");
     CHECK(watcher.repeated() == 0);
 }
@@ -537,7 +537,7 @@ TEST_CASE("a user with connections to several hubs is one user, who joins and le
 TEST_CASE("a reload on another hub within the grace period does not cause a leave") {
     Hubs hubs(3);
     TestClient watcher = hubs.connect(0, "name=Watcher"), anna = hubs.connect(1, "name=Anna&key=anna-secret");
-    hubs.settle();
+    hubs.run_until_idle();
     watcher.received();
     anna.hang_up();
     hubs.advance(2s);
@@ -556,15 +556,15 @@ TEST_CASE("a reload on another hub within the grace period does not cause a leav
 TEST_CASE("a user who leaves has left at once, also if another hub has just lost a connection of the user") {
     Hubs hubs(3);
     TestClient watcher = hubs.connect(0, "name=Watcher"), lost = hubs.connect(1, "name=Anna&key=anna-secret");
-    hubs.settle();
+    hubs.run_until_idle();
     lost.hang_up();
-    hubs.settle();
+    hubs.run_until_idle();
     TestClient again = hubs.connect(2, "name=Anna&key=anna-secret");
-    hubs.settle();
+    hubs.run_until_idle();
     watcher.received();
     SUBCASE("by a close with 1000") { again.close(); }
     SUBCASE("by /leave") { again.send("/leave"); }
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(types(watcher) == "leave");
     CHECK(hubs.users() == "Watcher");
     hubs.advance(10s);
@@ -575,26 +575,26 @@ TEST_CASE("a user with a connection to another hub stays, whatever connections a
     Hubs hubs(3);
     TestClient watcher = hubs.connect(0, "name=Watcher"), stays = hubs.connect(0, "name=Anna&key=anna-secret"),
                lost = hubs.connect(1, "name=Anna&key=anna-secret"), leaves = hubs.connect(2, "name=Anna&key=anna-secret");
-    hubs.settle();
+    hubs.run_until_idle();
     watcher.received();
     lost.hang_up();
-    hubs.settle();
+    hubs.run_until_idle();
     leaves.close();
     hubs.advance(10s);
     CHECK(types(watcher) == "");
     CHECK(hubs.users() == "Anna Watcher");
     stays.close();
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(types(watcher) == "leave");
 }
 
 TEST_CASE("a guest who reloads on another hub has the name again") {
     Hubs hubs(3);
     TestClient anna = hubs.connect(1, "name=Anna"), bert = hubs.connect(0, "name=Bert");
-    hubs.settle();
+    hubs.run_until_idle();
     bert.received();
     anna.hang_up();
-    hubs.settle();
+    hubs.run_until_idle();
     TestClient again = hubs.connect(2, "name=Anna");
     hubs.advance(10s);
     CHECK(own_name(again) == "Anna");
@@ -606,19 +606,19 @@ TEST_CASE("a private message reaches the receiver on each hub, and its tag count
     Hubs hubs(3);
     TestClient anna = hubs.connect(1, "name=Anna"), bert = hubs.connect(2, "name=Bert&key=bert-secret"),
                phone = hubs.connect(0, "name=Bert&key=bert-secret"), carl = hubs.connect(0, "name=Carl");
-    hubs.settle();
+    hubs.run_until_idle();
     for (TestClient* each : {&anna, &bert, &phone, &carl}) each->received();
     anna.send("/tag t1 /msg Bert psst");
-    hubs.settle();
+    hubs.run_until_idle();
     for (TestClient* each : {&anna, &bert, &phone}) CHECK(field_of(last(*each, "private"), "text") == "psst");
     CHECK(types(carl) == "");
     anna.send("/tag t1 /msg Bert psst");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(types(anna) == "ack");
     CHECK(types(bert) == "");
     bert.hang_up();
     phone.hang_up();
-    hubs.settle();
+    hubs.run_until_idle();
     anna.send("/msg Bert psst");
     CHECK(field_of(last(anna, "error"), "code") == "user_away");
 }
@@ -627,14 +627,14 @@ TEST_CASE("a kept private message reaches all hubs, also by the id of the receiv
     Hubs hubs(3);
     TestClient anna = hubs.connect(1, "name=Anna&key=anna-secret"),
                bert = hubs.connect(2, "hall?name=Bert&key=bert-secret");
-    hubs.settle();
+    hubs.run_until_idle();
     bert.received();
     anna.send("/tag t1 /msg @" + bert.handler<Host>().user().id + " psst");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(field_of(last(bert, "private"), "text") == "psst");
     CHECK(field_of(last(anna, "private"), "tag") == "t1");
     anna.send("/tag t1 /msg @" + bert.handler<Host>().user().id + " psst");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(types(anna) == "ack");
 }
 
@@ -642,35 +642,35 @@ TEST_CASE("kicks, mutes and bans apply to all hubs") {
     Hubs hubs(3);
     TestClient host = hubs.connect(1, "account=Holly"), desk = hubs.connect(0, "name=Anna&key=anna-secret"),
                phone = hubs.connect(2, "name=Anna&key=anna-secret"), guest = hubs.connect(2, "name=Gus");
-    hubs.settle();
+    hubs.run_until_idle();
     host.send("/mute Anna 60");
-    hubs.settle();
+    hubs.run_until_idle();
     desk.received();
     desk.send("hello");
     phone.send("hello");
     CHECK(field_of(last(desk, "error"), "code") == "muted");
     CHECK(field_of(last(phone, "error"), "code") == "muted");
     host.send("/kick Anna");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK_FALSE(desk.is_open());
     CHECK_FALSE(phone.is_open());
     CHECK(hubs.users() == "Gus Holly");
 
     TestClient again = hubs.connect(0, "name=Anna&key=anna-secret");
-    hubs.settle();
+    hubs.run_until_idle();
     host.send("/ban Anna 60");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK_FALSE(again.is_open());
     TestClient renamed = hubs.connect(2, "name=Zoe&key=anna-secret");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(renamed.response().status() == 403);
     hubs.hub(0).ban("Gus", 1h);
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK_FALSE(guest.is_open());
     hubs.hub(2).ban("Gus", 0s);
-    hubs.settle();
+    hubs.run_until_idle();
     TestClient forgiven = hubs.connect(1, "name=Gus");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(forgiven.is_open());
 }
 
@@ -681,7 +681,7 @@ TEST_CASE("the address of a banned guest is banned on all hubs, unless a hub has
     };
     TestClient gus = connect(2, "Gus", "192.0.2.1"), neighbour = connect(1, "Nora", "192.0.2.1"),
                lone = connect(2, "Lou", "192.0.2.2");
-    hubs.settle();
+    hubs.run_until_idle();
     hubs.hub(0).ban("Gus", 1h);
     hubs.hub(0).ban("Lou", 1h);
     hubs.advance(2s);
@@ -689,7 +689,7 @@ TEST_CASE("the address of a banned guest is banned on all hubs, unless a hub has
     CHECK_FALSE(lone.is_open());
     CHECK(neighbour.is_open());
     TestClient other = connect(0, "Carl", "192.0.2.1"), again = connect(1, "Carla", "192.0.2.2");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(other.is_open());
     CHECK(again.response().status() == 403);
 }
@@ -697,19 +697,19 @@ TEST_CASE("the address of a banned guest is banned on all hubs, unless a hub has
 TEST_CASE("a hub with its first member of a room has the users, and /rooms lists the rooms of all hubs") {
     Hubs hubs(3);
     TestClient anna = hubs.connect(1, "name=Anna"), bert = hubs.connect(2, "hall?name=Bert");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(hubs.hub(0).find("tea") == nullptr);
     TestClient carl = hubs.connect(0, "name=Carl"), dora = hubs.connect(1, "hall?name=Dora");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(hubs.users("tea") == "Anna Carl");
     CHECK(hubs.users("hall") == "Bert Dora");
     CHECK(View(dora).names() == "Bert Dora");
     carl.send("/tag t1 /rooms");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(last(carl, "rooms") ==
           R"({"type":"rooms","rooms":[{"room":"hall","users":2},{"room":"tea","users":2}],"tag":"t1"})");
     bert.close();
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(hubs.hub(2).find("hall") == nullptr);
     CHECK(hubs.users("hall") == "Dora");
 }
@@ -720,10 +720,10 @@ TEST_CASE("the users of a hub that ends leave once, also if they are in the grac
     TestClient anna = hubs.connect(1, "name=Anna"), bert = hubs.connect(1, "name=Bert&key=bert-secret"),
                tab = hubs.connect(2, "name=Bert&key=bert-secret"), carl = hubs.connect(1, "name=Carl&key=carl-secret");
     carl.hang_up();
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(watcher.names() == "Anna Bert Carl Watcher");
     hubs.servers[1].reset();
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(watcher.names() == "Bert Watcher");
     CHECK(watcher.repeated() == 0);
     CHECK(hubs.users() == "Bert Watcher");
@@ -738,11 +738,11 @@ TEST_CASE("on_event is called once for each event on the first hub, also for roo
     };
     TestClient desk = hubs.connect(1, "name=Anna&key=anna-secret"),
                phone = hubs.connect(2, "name=Anna&key=anna-secret");
-    hubs.settle();
+    hubs.run_until_idle();
     desk.send("hello");
-    hubs.settle();
+    hubs.run_until_idle();
     desk.close();
-    hubs.settle();
+    hubs.run_until_idle();
     phone.hang_up();
     hubs.advance(10s);
     CHECK(seen == "34:Anna 0:Anna 35:Anna ");
@@ -862,8 +862,8 @@ TEST_CASE("an export to another hub reads a part when that hub has taken the pre
             lines += part.lines;
             return taken != 5;
         });
-        for (int i = 0; i < 200 && taken < 5; ++i) hubs.settle();
-        hubs.settle();
+        for (int i = 0; i < 200 && taken < 5; ++i) hubs.run_until_idle();
+        hubs.run_until_idle();
         CHECK(lines == "1 2 3 4 5 ");
         CHECK(store->exported == 5);
     }
@@ -883,17 +883,17 @@ TEST_CASE("a hub beats every two seconds after it has watched a room, and stops 
 TEST_CASE("all hubs use the first member's spelling of a room's name, until the room is empty") {
     Hubs hubs(2);
     TestClient anna = hubs.connect(0, "Tea%20Room?name=Anna");
-    hubs.settle();
+    hubs.run_until_idle();
     TestClient bert = hubs.connect(1, "TEA%20room?name=Bert");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(field_of(last(bert, "hello"), "room") == "Tea Room");
     bert.send("hello");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(field_of(last(anna, "said"), "room") == "Tea Room");
     TestClient carl = hubs.connect(1, "hall?name=Carl");
-    hubs.settle();
+    hubs.run_until_idle();
     carl.send("/rooms");
-    hubs.settle();
+    hubs.run_until_idle();
     CHECK(contains(last(carl, "rooms"), R"({"room":"Tea Room","users":2})"));
     anna.close();
     hubs.advance(10s);
@@ -930,7 +930,7 @@ TEST_CASE("if the store loses users, their hub forwards them again, and all othe
     store.users = {ScriptedStore::remote(Kind::join, "Carla"), ScriptedStore::remote(Kind::away, "Dora")};
     store.users[0].user = "id of Carl";
     store.present();
-    scripted.server.settle();
+    scripted.server.run_until_idle();
     CHECK(types(anna) == "nick join");
     CHECK(scripted.users() == "Anna Carla Dora");
     anna.send("/msg Dora psst");
@@ -966,7 +966,7 @@ TEST_CASE("a name that the store refuses is tried once more, and then changed") 
         store.refuse(join);
     }
     CHECK(store.forwarded == "34:Anna 34:Anna 34:Anna-2 34:Anna-2");
-    scripted.server.settle();
+    scripted.server.run_until_idle();
     CHECK(types(anna) == "nick");
     CHECK(scripted.users() == "");
     store.delivering = true;
@@ -1018,7 +1018,7 @@ TEST_CASE("after joins, leaves, reloads, renames and kicks in any order, all hub
                 else if (what == 6) client.view.client().send("/nick " + names[below(4)] + std::to_string(below(3)));
                 else client.view.client().send("/kick " + names[below(4)]);
             } else if (what < 11) {
-                hubs.servers[hub]->settle();
+                hubs.servers[hub]->run_until_idle();
             } else {
                 hubs.servers[hub]->advance(std::chrono::milliseconds(1 + below(2500)));
             }

@@ -473,7 +473,7 @@ TEST_CASE("a line with a tag that is said before the history is read gets its an
         chat.store->reads_wait = true;
         TestClient bert = chat.connect("name=Bert");
         bert.send("/tag t1 hello");
-        chat.server.settle();
+        chat.server.run_until_idle();
         std::string events;
         for (const std::string& event : bert.received()) events += event;
         CHECK_FALSE(contains(events, "t1"));
@@ -481,7 +481,7 @@ TEST_CASE("a line with a tag that is said before the history is read gets its an
         chat.store->reads_wait = false;
         chat.store->fails = fails;
         chat.store->deliver();
-        chat.server.settle();
+        chat.server.run_until_idle();
         events.clear();
         for (const std::string& event : bert.received()) events += event;
         CHECK(contains(events, "\"type\":\"ack\"") == fails);
@@ -497,11 +497,11 @@ TEST_CASE("a private message whose receiver leaves before the store delivers it 
     chat.store->waits = true;
     anna.send("/tag t1 /msg Bert psst");
     bert.close();
-    chat.server.settle();
+    chat.server.run_until_idle();
     // Its leave waits behind the message, so the message comes first, when nobody is there.
     chat.store->waits = false;
     chat.store->deliver();
-    chat.server.settle();
+    chat.server.run_until_idle();
     const std::string error = last(anna, "error");
     CHECK(field_of(error, "code") == "user_away");
     CHECK(field_of(error, "tag") == "t1");
@@ -517,7 +517,7 @@ TEST_CASE("a private message goes to the user who had the name when it was said"
     carl.send("/nick Bert");
     chat.store->waits = false;
     chat.store->deliver();
-    chat.server.settle();
+    chat.server.run_until_idle();
     CHECK(contains(last(bert, "private"), "for the first Bert"));
     CHECK(last(carl, "private") == "");
     CHECK(field_of(last(anna, "private"), "tag") == "t1");
@@ -532,7 +532,7 @@ TEST_CASE("a sender who leaves the room before a private message is delivered ge
     anna.send("/leave");
     chat.store->waits = false;
     chat.store->deliver();
-    chat.server.settle();
+    chat.server.run_until_idle();
     CHECK(contains(last(bert, "private"), "psst"));
     CHECK(field_of(last(anna, "private"), "tag") == "t1");
 }
@@ -634,7 +634,7 @@ TEST_CASE("a program erases the messages of a user by the public id, also of a g
     const auto take = [&count](std::size_t erased, const std::string&) { count = erased; };
     ChatHub::of(server).erase_user(cleo.handler<ChatHandler>().user().id, take);
     CHECK(count == 2);
-    server.settle();
+    server.run_until_idle();
     CHECK(dora.received().size() == 2);
     ChatHub::of(server).erase_user(dora.handler<ChatHandler>().user().id, take);
     CHECK(count == 1);

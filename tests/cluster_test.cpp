@@ -483,7 +483,7 @@ TEST_CASE("a hub that watches all rooms gets the entries of each room") {
     two.wait_for("2:in tea again*");
     CHECK(two.heard == "1:in tea* 1:in milk* 2:in tea again* ");
     one.all = false;
-    one.store().beat("h1");
+    one.store().heartbeat("h1");
     one.wait([&] { return contains(redis.cli("pubsub numpat"), "0"); });
 }
 
@@ -491,12 +491,12 @@ TEST_CASE("after a pause of Redis, no running hub loses its users") {
     const RedisServer redis;
     Node one(redis.url(), quick()), two(redis.url(), quick());
     for (Node* each : {&one, &two}) each->watch();
-    one.store().beat("h1");
-    two.store().beat("h2");
+    one.store().heartbeat("h1");
+    two.store().heartbeat("h2");
     one.store().forward(presence(ChatEntry::Kind::join, "u1", "Anna", "h1"));
     two.wait_for("join:u1=Anna@h1 ");
-    redis.cli("zadd wschat:hubs 1 h1 2 h2");  // nobody could beat for long
-    two.store().beat("h2");
+    redis.cli("zadd wschat:hubs 1 h1 2 h2");  // no hub could send a heartbeat for long
+    two.store().heartbeat("h2");
     two.wait([&] { return redis.cli("zscore wschat:hubs h1").size() > 5; });
     two.say("in order");
     two.wait_for("1:in order");
@@ -811,8 +811,8 @@ TEST_CASE("a hub without beats loses its users, and is told if it still runs") {
     const RedisServer redis;
     Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
     for (Node* each : {&one, &two}) each->watch();
-    one.store().beat("h1");
-    two.store().beat("h2");
+    one.store().heartbeat("h1");
+    two.store().heartbeat("h2");
     one.store().forward(presence(Kind::join, "u1", "Anna", "h1"));
     one.store().forward(presence(Kind::join, "u2", "Bert", "h1", "", "key 2"));
     two.wait_for("join:u2=Bert@h1 ");
@@ -821,12 +821,12 @@ TEST_CASE("a hub without beats loses its users, and is told if it still runs") {
     // A test that is stopped for seconds looks like a Redis that was away, so h2 beats more than once.
     two.wait([&] {
         redis.cli("zadd wschat:hubs xx 1 h1");
-        two.store().beat("h2");
+        two.store().heartbeat("h2");
         two.poll();
         return contains(two.heard, "leave:u1=Anna@h1 ") && contains(two.heard, "leave:u2=Bert@h1~ ");
     });
     const int before = one.presences;
-    one.store().beat("h1");
+    one.store().heartbeat("h1");
     one.wait([&] { return one.presences > before && one.users["tea"] == "join:u2=Bert@h2 "; });
     // After a restart without data, each hub hears that nobody is known.
     redis.cli("flushall");

@@ -118,7 +118,7 @@ TEST_CASE("the handler in memory gets text, binary data, pings and pongs as from
     test.client.ping("p1");
     CHECK(test.client.pongs() == Texts{"p1"});
     test.handler().ping("p2");
-    test.server.settle();
+    test.server.run_until_idle();
     CHECK(test.client.pings() == Texts{"p2"});
     test.close(CloseCode{4000}, "bye");
     CHECK(events ==
@@ -195,7 +195,7 @@ TEST_CASE("the clients of a TestServer share rooms") {
     CHECK(server.rooms()["tea"].size() == 1);
     server.rooms()["tea"].broadcast("from outside");
     CHECK(bert.received().empty());
-    server.settle();
+    server.run_until_idle();
     CHECK(bert.received() == Texts{"from outside"});
 }
 
@@ -362,7 +362,7 @@ TEST_CASE("advance() runs the timers that are due, in order, and no time passes 
         server.loop().call_later(10s, [&] { order += 'b'; });
     });
     server.loop().call_later(0s, [&] { order += '0'; });
-    server.settle();
+    server.run_until_idle();
     CHECK(order == "0");
     const Time before = server.loop().now();
     server.advance(10s);
@@ -463,7 +463,7 @@ TEST_CASE("a shutdown of a TestServer closes its clients with 1001 and accepts n
     server.route<Recorder>("/", std::ref(events));
     TestClient client = server.connect("/");
     server.shutdown(1s);
-    server.settle();
+    server.run_until_idle();
     CHECK(client.close_code() == CloseCode::going_away);
     CHECK(events.back() == "close 1001 , shutdown");
     CHECK(server.connect("/").response().status() == 0);
@@ -495,18 +495,18 @@ TEST_CASE("a TestServer cannot listen, and run() is an Error") {
     CHECK(contains(error_of([&] { server.descriptor(); }), "the poller \"memory\" has no descriptor"));
 }
 
-TEST_CASE("posted work and references run in settle() of a TestServer, and endless work is an Error") {
+TEST_CASE("posted work and references run in run_until_idle() of a TestServer, and endless work is an Error") {
     HandlerTest<Echo> test;
     const HandlerRef ref = test.handler().ref();
     std::thread([&] { ref.write_message("from a thread"); }).join();
     CHECK(test.sent().empty());
-    test.server.settle();
+    test.server.run_until_idle();
     CHECK(test.sent() == Texts{"from a thread"});
     std::function<void()> again = [&] { test.server.loop().post(again); };
     again();
-    CHECK(error_of([&] { test.server.settle(); }) == "TestServer::settle: the server always has more work");
+    CHECK(error_of([&] { test.server.run_until_idle(); }) == "TestServer::run_until_idle: the server always has more work");
     again = [] {};
-    test.server.settle();
+    test.server.run_until_idle();
 }
 
 TEST_CASE("a call of a client in memory within a callback is an Error") {

@@ -749,7 +749,7 @@ struct ThreeLoops {
         }
     }
     ~ThreeLoops() {
-        for (TestServer& server : servers) server.settle();
+        for (TestServer& server : servers) server.run_until_idle();
     }
     TestClient connect(std::size_t loop, std::string_view room) {
         return servers[loop].connect("/" + std::string(room));
@@ -757,7 +757,7 @@ struct ThreeLoops {
     Room& room(std::size_t loop, std::string_view name) { return servers[loop].rooms()[name]; }
     // What the client has got since the last call.
     std::vector<std::string> received(TestClient& client) {
-        for (TestServer& server : servers) server.settle();
+        for (TestServer& server : servers) server.run_until_idle();
         return client.received();
     }
     // The end of a turn on this loop.
@@ -765,7 +765,7 @@ struct ThreeLoops {
     // The posts of this loop run.
     void run(std::size_t loop) {
         mailboxes[loop]->run();
-        servers[loop].settle();
+        servers[loop].run_until_idle();
     }
     std::vector<std::size_t> posts() const {
         return {mailboxes[0]->posts.size(), mailboxes[1]->posts.size(), mailboxes[2]->posts.size()};
@@ -792,7 +792,7 @@ TEST_SUITE("rooms") {
         CHECK(loops.posts() == Counts{0, 0, 0});
         loops.flush(0);
         CHECK(loops.posts() == Counts{0, 1, 0});
-        loops.servers[0].settle();
+        loops.servers[0].run_until_idle();
         CHECK(loops.received(anna) == Texts{"one", "two"});
         CHECK(loops.received(bert) == Texts{});
         loops.run(1);
@@ -999,7 +999,7 @@ TEST_SUITE("rooms") {
             TestClient anna = servers[0].connect("/tea"), bert = servers[1].connect("/tea"),
                        cleo = servers[2].connect("/milk");
             anna.send("hello");
-            for (TestServer& each : servers) each.settle();
+            for (TestServer& each : servers) each.run_until_idle();
             CHECK(bert.received() == std::vector<std::string>{"hello"});
             CHECK(anna.received() == std::vector<std::string>{});
             CHECK(cleo.received() == std::vector<std::string>{});

@@ -751,7 +751,7 @@ private:
         if (amount < 100) world->store->deliver_one();
         else if (amount < 200) world->store->answer_one(amount);
         else answer_handshake(amount);
-        world->server->settle();
+        world->server->run_until_idle();
     }
     static void answer_handshake(unsigned amount) {
         if (world->replies.empty()) return;
@@ -787,7 +787,7 @@ private:
         } else if (!world->clients.empty()) {
             world->hub->send(some_id(amount), "event", wschat::Json{{"n", amount}});
         }
-        world->server->settle();
+        world->server->run_until_idle();
     }
 
     // ---- checks ----------------------------------------------------------------------------------------------------
@@ -814,7 +814,7 @@ private:
             store.deliver_all();
             store.answer_one(0);
             answer_handshake(0);
-            world->server->settle();
+            world->server->run_until_idle();
             check_all();
         }
         world->server->advance(20s);  // every grace period, ban and mute of the script is over
