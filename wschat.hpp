@@ -80,18 +80,18 @@
 //   another history          ChatStore (16); SqliteHistory (17) is an example
 //
 // Public names:
-//   Clock, Time, Duration, saturating_add, Error, Opcode, CloseCode, number, CloseCause, to_string, ConnectStage,
-//   ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel, LogFields, LogEntry, Metric,
-//   MetricSource, Mailbox, valid_utf8, truncate_utf8, sha1, base64, random_bytes, Json, escape_for_log, AccessEntry,
-//   unix_ms, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr, access_json_to_stderr, Rate,
-//   TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request, CookieOptions, Response,
-//   CompressionOptions, Loop, RoomBus, Room, Rooms, Server, WebSocketHandler, Reply, HandlerRef, CookieSigner,
-//   CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions, SymbolicLinks, beside, Route,
-//   Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient, TestRequest, TestResponse, Client,
-//   ClientTls, ReconnectOptions, ClientAttempt, ClientOptions, ChatHandler, ChatHub, ChatEntry, ChatFact,
-//   HistoryPosition, HistoryPage, HistoryExport, ChatStore, HistoryLimits, MemoryHistory, chat_fold, ChatEvent,
-//   FloodRates, ChatUser, PresenceTable, SharedStore, ChatLimits, ChatAction, ChatRoomOptions, ChatReply, ChatRoom,
-//   SqliteOptions, SqliteHistory, RedisOptions, RedisCluster, RedisHistory
+//   Clock, Time, Duration, saturating_add, seconds_of, milliseconds_of, Error, Opcode, CloseCode, number, CloseCause,
+//   to_string, ConnectStage, ConnectError, WriteStatus, Message, BacklogPolicy, Limits, ServerLimits, LogLevel,
+//   LogFields, LogEntry, Metric, MetricSource, Mailbox, valid_utf8, truncate_utf8, sha1, base64, random_bytes, Json,
+//   escape_for_log, AccessEntry, unix_ms, utc_time, to_json, log_to_stderr, log_json_to_stderr, access_to_stderr,
+//   access_json_to_stderr, Rate, TokenBucket, big_endian_key, StringMap, EncodedFrame, Fields, FormPart, Request,
+//   CookieOptions, Response, CompressionOptions, Loop, RoomBus, Room, Rooms, Server, WebSocketHandler, Reply,
+//   HandlerRef, CookieSigner, CorsOptions, IpAddress, ListenOptions, PollerKind, TlsCertificate, TlsOptions,
+//   SymbolicLinks, beside, Route, Metrics, prometheus_text, ServerOptions, HandlerTest, TestServer, TestClient,
+//   TestRequest, TestResponse, Client, ClientTls, ReconnectOptions, ClientAttempt, ClientOptions, ChatHandler, ChatHub,
+//   ChatEntry, ChatFact, HistoryPosition, HistoryPage, HistoryExport, ChatStore, HistoryLimits, MemoryHistory,
+//   chat_fold, ChatEvent, FloodRates, ChatUser, PresenceTable, SharedStore, ChatLimits, ChatAction, ChatRoomOptions,
+//   ChatReply, ChatRoom, SqliteOptions, SqliteHistory, RedisOptions, RedisCluster, RedisHistory
 //   text::all_of, text::concat, text::to_lower, text::is_digit, text::is_alphanumeric, text::equals_ignore_case,
 //   text::starts_with, text::trim, text::is_token_char, text::is_token, text::contains, text::consume_until,
 //   text::parse_unsigned, text::hex_value, text::to_hex, text::percent_decode
@@ -257,6 +257,14 @@ using Duration = Clock::duration;
 // Returns Time::max() instead of overflowing.
 constexpr Time saturating_add(Time time, Duration delay) {
     return delay > (Time::max)() - time ? (Time::max)() : time + delay;
+}
+
+// Rounded toward zero.
+constexpr std::int64_t seconds_of(Duration duration) {
+    return std::chrono::duration_cast<std::chrono::seconds>(duration).count();
+}
+constexpr std::int64_t milliseconds_of(Duration duration) {
+    return std::chrono::duration_cast<std::chrono::milliseconds>(duration).count();
 }
 
 // A mistake of the caller. The text names the call, the value and the cause.
@@ -10704,8 +10712,7 @@ private:
         std::string head = "HTTP/1.1 " + std::to_string(response.status()) + " ";
         (head += reason_phrase(response.status())) += "\r\nDate: ";
         (head += http_date(static_cast<std::int64_t>(std::time(nullptr)))) += "\r\n";
-        const auto idle_seconds =
-            std::chrono::duration_cast<std::chrono::seconds>(host_.options.limits.keep_alive_timeout).count();
+        const std::int64_t idle_seconds = seconds_of(host_.options.limits.keep_alive_timeout);
         std::string connection = !keep_alive ? "close" : idle_seconds != 0 || request->http_1_0() ? "keep-alive" : "";
         for (const auto& [name, value] : response.headers()) {
             if (text::equals_ignore_case(name, "connection"))
@@ -14502,9 +14509,8 @@ private:
         constexpr std::string_view waited_for[] = {
             "valid URL", "answer of the resolver", "connection", "answer of the proxy", "TLS handshake", "response",
             "upgrade"};
-        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(options_.connect_timeout).count();
         fail(stage_, "There was no " + std::string(waited_for[static_cast<std::size_t>(stage_)]) + " within " +
-                         std::to_string(ms) + " ms.");
+                         std::to_string(milliseconds_of(options_.connect_timeout)) + " ms.");
     }
     // The request of the handshake, for WebSocketHandler::request().
     Request current_request() {
@@ -14577,12 +14583,13 @@ private:
         const auto value = parser_.fields().find("retry-after");
         if (!value) return Duration::zero();
         const Duration max = options_.reconnect->max_retry_after;
-        const auto max_seconds = std::chrono::duration_cast<std::chrono::seconds>(max).count();
         std::int64_t seconds = 0;
         if (const auto number = text::parse_unsigned(*value, INT64_MAX)) seconds = static_cast<std::int64_t>(*number);
         else if (const auto date = parse_http_date(*value))
             seconds = *date - static_cast<std::int64_t>(std::time(nullptr));
-        return seconds <= 0 ? Duration::zero() : seconds >= max_seconds ? max : Duration(std::chrono::seconds(seconds));
+        return seconds <= 0                 ? Duration::zero()
+               : seconds >= seconds_of(max) ? max
+                                            : Duration(std::chrono::seconds(seconds));
     }
 
     static constexpr unsigned max_interim = 16;
@@ -16811,9 +16818,8 @@ struct ChatRoomOptions {
 
     // The fact with the changes of moderators: "private=1 readonly=0 slow=10".
     std::string to_fact() const {
-        const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(slow).count();
         return text::concat({"private=", is_private ? "1" : "0", " readonly=", read_only ? "1" : "0",
-                             " slow=", std::to_string(seconds)});
+                             " slow=", std::to_string(seconds_of(slow))});
     }
     void apply_fact(std::string_view fact) {
         while (!fact.empty()) {
@@ -17548,8 +17554,8 @@ private:
 
     // Bounded to ten years.
     static std::uint64_t to_milliseconds(Duration duration) {
-        const Duration bounded = (std::min)(duration, Duration(std::chrono::hours(24 * 365 * 10)));
-        return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(bounded).count());
+        constexpr Duration max = std::chrono::hours(24 * 365 * 10);
+        return static_cast<std::uint64_t>(milliseconds_of((std::min)(duration, max)));
     }
     // A decision applies immediately, and the store keeps it for restarts and other servers. A duration of zero ends
     // it.
@@ -18044,8 +18050,7 @@ private:
         kicked_ = true;
         ChatEvent event("kicked");
         event.add_text("code", code).add_text("text", reason);
-        if (ban > Duration::zero())
-            event.add("seconds", std::chrono::duration_cast<std::chrono::seconds>(ban).count() + 1);
+        if (ban > Duration::zero()) event.add("seconds", seconds_of(ban) + 1);
         write_message(event.dump());
         close(CloseCode::policy_violation, truncate_utf8(reason, 123));
     }
@@ -18115,10 +18120,9 @@ private:
                        R"("private","edit","delete","react","topic","data","in","read","invite","commands"])");
         first_permissions_ = permissions();
         event.add_json("may", permissions_json(first_permissions_));
-        const auto edit_for = std::chrono::duration_cast<std::chrono::seconds>(hub_->limits.edit_for).count();
         event.add("limits", Json{{"text", hub_->limits.max_text},
                                  {"data", hub_->limits.max_data},
-                                 {"edit_seconds", edit_for},
+                                 {"edit_seconds", seconds_of(hub_->limits.edit_for)},
                                  {"name", hub_->limits.max_name},
                                  {"room", hub_->limits.max_room_name},
                                  {"per_second", hub_->limits.connection.messages.per_second},
@@ -18158,7 +18162,7 @@ private:
         return room == nullptr ? may(action) : may(action, room->name());
     }
     static void add_options(ChatEvent& event, const ChatRoomOptions& options) {
-        const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(options.slow).count();
+        const std::int64_t seconds = seconds_of(options.slow);
         if (options.is_private) event.add_json("private", "true");
         if (options.read_only) event.add_json("read_only", "true");
         if (seconds != 0) event.add("slow", seconds);
@@ -18286,7 +18290,7 @@ private:
         if (room.options.read_only) return Refusal{"read_only", "Only moderators speak in this room."};
         const Duration left = room.slow_.left(slow_key(), hub_->now());
         if (left == Duration::zero()) return {};
-        const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(left).count() + 1;
+        const std::int64_t seconds = seconds_of(left) + 1;
         return Refusal{"slow", text::concat({"This room is slow; wait ", std::to_string(seconds), " seconds."}),
                        seconds};
     }
@@ -18737,8 +18741,7 @@ private:
         if (hub.limits.edit_for == Duration::zero()) return error("too_late", "Messages cannot be changed here.");
         ChatEntry entry = handler_.new_kept_entry(ChatEntry::Kind::edit, *id);
         entry.text = std::move(text);
-        const auto age = std::chrono::duration_cast<std::chrono::milliseconds>(hub.limits.edit_for).count();
-        entry.not_before = unix_ms() - age;
+        entry.not_before = unix_ms() - milliseconds_of(hub.limits.edit_for);
         hub.append(std::move(entry));
     }
     void remove(std::string_view rest) {
@@ -19070,10 +19073,8 @@ private:
     }
     void bans(std::string_view) {
         JsonList list;
-        for (const ChatHub::Ban& each : handler_.hub_->bans()) {
-            const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(each.left).count();
-            list.add(Json{{"ban", each.key}, {"name", each.name}, {"seconds", seconds}}.dump());
-        }
+        for (const ChatHub::Ban& each : handler_.hub_->bans())
+            list.add(Json{{"ban", each.key}, {"name", each.name}, {"seconds", seconds_of(each.left)}}.dump());
         handler_.write_charged(ChatEvent("bans").add_json("bans", list.dump()), handler_.tag_);
     }
 
@@ -20290,10 +20291,6 @@ struct SqliteOptions {
 
 namespace detail {
 
-inline std::int64_t sqlite_milliseconds(Duration duration) {
-    const auto count = std::chrono::duration_cast<std::chrono::milliseconds>(duration).count();
-    return (std::min)(static_cast<std::int64_t>(count), std::int64_t{1'000'000'000});
-}
 // A connection to a database. Only one thread at a time may use it. Failures are an Error that names `path`.
 class SqliteDatabase {
 public:
@@ -20391,7 +20388,8 @@ public:
         return result == SQLITE_OK;
     }
     void wait_for_locks(Duration timeout) {
-        ::sqlite3_busy_timeout(database_, static_cast<int>(sqlite_milliseconds(timeout)));
+        ::sqlite3_busy_timeout(database_,
+                               static_cast<int>((std::min)(milliseconds_of(timeout), std::int64_t{1'000'000'000})));
     }
     bool read_only() const { return ::sqlite3_db_readonly(database_, "main") == 1; }
     // Whether a call since the last check failed because an FTS5 index does not match its table.
@@ -20886,7 +20884,7 @@ private:
         constexpr std::uint64_t most = 1'000'000'000'000;
         const std::uint64_t wanted = retention.max_entries.value_or(0);
         const std::int64_t entries = retention.max_entries ? static_cast<std::int64_t>((std::min)(wanted, most)) : -1;
-        const std::int64_t age = retention.max_age ? milliseconds(*retention.max_age) : -1;
+        const std::int64_t age = retention.max_age ? milliseconds_of(*retention.max_age) : -1;
         if (room.max_entries == entries && room.max_age == age) return;
         database_.run("UPDATE room SET max_entries = nullif(?2, -1), max_age = nullif(?3, -1) WHERE id = ?1",
                       room.number, entries, age);
@@ -21035,7 +21033,7 @@ private:
         {
             Query query(database_,
                         "SELECT last, bytes, ifnull(max_entries, ?2), ifnull(max_age, ?3) FROM room WHERE id = ?1");
-            query.bind(room).bind(std::uint64_t{limits_.max_entries}).bind(milliseconds(limits_.max_age));
+            query.bind(room).bind(std::uint64_t{limits_.max_entries}).bind(milliseconds_of(limits_.max_age));
             if (!query.next_row()) return false;
             last = query.id(0);
             bytes = static_cast<std::size_t>(query.number(1));
@@ -21060,9 +21058,6 @@ private:
         database_.run("DELETE FROM entry WHERE room = ?1 AND id <= ?2", room, until);
         database_.run("UPDATE room SET bytes = max(0, bytes - ?2) WHERE id = ?1", room, std::uint64_t{freed});
         return count == 1000;
-    }
-    static std::int64_t milliseconds(Duration duration) {
-        return std::chrono::duration_cast<std::chrono::milliseconds>(duration).count();
     }
 
     bool too_many_facts(const ChatFact& fact) {
@@ -22057,10 +22052,9 @@ public:
         loop_.post([this] { close(); });
         for (RedisUser* user : users_) user->on_redis_down(cause, permanent);
         const Duration delay = retry_delay();
-        const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(delay).count();
         if (is_news)
             log(LogLevel::warning, was_up ? "redis_lost" : "redis_unreachable",
-                {{"redis", name()}, {"cause", cause}, {"retry_in_ms", std::to_string(ms)}});
+                {{"redis", name()}, {"cause", cause}, {"retry_in_ms", std::to_string(milliseconds_of(delay))}});
         loop_.call_later(delay, [this] { connect(); });
     }
 
@@ -23248,10 +23242,7 @@ private:
         request->sent = true;
         RedisArguments arguments{"EVALSHA", script_, "1", meta_, request->arguments[0], epoch_};
         arguments.insert(arguments.end(), request->arguments.begin() + 1, request->arguments.end());
-        if (request->timed) {
-            const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(request->due - opened_).count();
-            arguments[6] = std::to_string(time_ + left);
-        }
+        if (request->timed) arguments[6] = std::to_string(time_ + milliseconds_of(request->due - opened_));
         link_.send(arguments, [this, request, alive = alive_](const redisReply* reply, const std::string& cause) {
             if (!*alive || request->done || (reply == nullptr && cause.empty())) return;
             for (const char* again : {"NOSCRIPT", "LOADING", "READONLY", "MASTERDOWN", "UNBLOCKED", "CLUSTERDOWN"})
@@ -23371,7 +23362,7 @@ public:
         if (entry.retention) {
             const auto& [entries, age] = *entry.retention;
             arguments[arguments.size() - 2] = entries ? number(*entries) : "";
-            arguments.back() = age ? milliseconds(*age) : "";
+            arguments.back() = age ? number(milliseconds_of(*age)) : "";
         }
         auto& pending = pending_.find_or_emplace(op);
         pending.entry = std::move(entry);
@@ -23607,10 +23598,7 @@ private:
     std::string room_channel(const std::string& room) const {
         return link_->channel("c:" + (common(room) ? std::string() : room));
     }
-    static std::string milliseconds(Duration duration) {
-        return std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(duration).count());
-    }
-    std::string max_age() const { return milliseconds(limits_.max_age); }
+    std::string max_age() const { return std::to_string(milliseconds_of(limits_.max_age)); }
 
     // Work for the loop of the listener. The work of a turn is posted together.
     template <class Work>
