@@ -313,9 +313,12 @@ inline void test_facts(const StoreFactory& make) {
     CHECK(fixture.told == "token=one;token=one;");
     CHECK(fixture.facts("server") == "token=one");
     for (const char* key : {"a", "a\n1", "ab"}) fixture.put({"user", key, "1", "", 0});
+    CHECK(fixture.facts("user", "a\n") == "a\n1=1");
+    // A key with a line feed may be on another endpoint, which has its own limit.
+    fixture.put({"user", "a\n1", "", "", 0});
+    fixture.put({"user", "ac", "1", "", 0});
     CHECK(contains(fixture.put({"user", "b", "1", "", 0}), "too many facts"));
     CHECK(contains(fixture.put({"read", "b", "1", "", 0}), "too many facts"));
-    CHECK(fixture.facts("user", "a\n") == "a\n1=1");
     // Facts of users leave the space for decisions.
     fixture.put({"mute", "name anna", "", "", 0});
     fixture.put({"ban", "name bert", "6", "", 0});
