@@ -10345,7 +10345,7 @@ public:
     std::function<void(const AccessEntry&)> on_access;  // may be empty
     BlockPool session_blocks;
     BlockPool exchange_blocks;
-    HandlerAccess::ReplyState spare_reply;              // for the next handshake; may be null
+    HandlerAccess::ReplyState spare_reply;  // for the next handshake; may be null
     TurnState turn;
     OwnedDescriptor reserve;  // closed to accept one connection when all descriptors are used
     bool draining = false;    // shutdown() was called
@@ -11033,7 +11033,7 @@ public:
     BlockPool& pool() const { return host_.session_blocks; }
     ~Session() override { LoopAccess::timers(host_.loop).cancel(*this); }
 
-    std::uint32_t index = 0;                // in the worker's list of sessions
+    std::uint32_t index = 0;          // in the worker's list of sessions
     PooledPtr<Session> next_deleted;  // the next one in the worker's list of removed sessions
 
     bool gone() const { return phase_ == Phase::gone; }
@@ -11827,12 +11827,12 @@ private:
     bool input_ended_ = false;  // the peer has shut its sending side
     // The constructor sets them: bit-fields have no initializers in C++17.
     bool watching_read_ : 1, watching_write_ : 1, send_buffer_set_ : 1;
-    bool full_ : 1;                       // the server has too many connections
-    bool waiting_ : 1;                    // in the list of sessions with work left
-    bool handshake_done_ : 1;             // of TLS
-    bool drops_request_ : 1;              // after open()
-    std::uint16_t held_request_ = 0;      // bytes of the request that an open WebSocket keeps, if it is a large one
-    PooledPtr<HttpExchange> http_;  // null while a WebSocket is open
+    bool full_ : 1;                   // the server has too many connections
+    bool waiting_ : 1;                // in the list of sessions with work left
+    bool handshake_done_ : 1;         // of TLS
+    bool drops_request_ : 1;          // after open()
+    std::uint16_t held_request_ = 0;  // bytes of the request that an open WebSocket keeps, if it is a large one
+    PooledPtr<HttpExchange> http_;    // null while a WebSocket is open
     std::size_t counted_backlog_ = 0;
     const Limits* route_limits_ = nullptr;  // null: those of the server
 };
@@ -12256,7 +12256,7 @@ private:
     StringMap<Listener> closed_listeners_;  // destroyed at the end of the turn: its events may refer to them
     std::vector<PooledPtr<Session>> sessions_;
     PooledPtr<Session> deleted_;  // the first of a chain; destroyed at the end of the turn
-    unsigned shutdowns_ = 0;            // that have finished
+    unsigned shutdowns_ = 0;      // that have finished
 };
 
 }  // namespace detail
