@@ -43,7 +43,7 @@
 //   8   Handler        WebSocketHandler, Reply, HandlerRef                               2-7
 //   9   Rooms          Room, Rooms, RoomDirectory, RoomBus                              2-4, 7-8
 //   10  Sockets        IpAddress, Socket, Transport, Poller (epoll, kqueue, poll)       2-3
-//   11  TLS            TlsOptions, TlsContext, TlsStream, TlsTransport                  2-3, 10
+//   11  TLS            TlsOptions, ClientTls, TlsContext, TlsStream, TlsTransport       2-3, 10
 //   12  Loop           Loop, timers, post(), signals                                    2-3, 10
 //   13  Site           Pattern, Route, Page, File, policies on origins and proxies      2-5, 8, 10
 //   14  Server         HttpExchange, WebSocketDriver, Session, Worker, Server           all above
@@ -7442,8 +7442,30 @@ WSCHAT_END
 // section 11: TLS
 //
 // TlsStream: TLS 1.2 and 1.3 with OpenSSL, for servers and clients, as bytes in and bytes out. TlsTransport: a
-// TlsStream on a socket. Compiled only with WSCHAT_OPENSSL. It does not know HTTP, WebSocket or loops.
+// TlsStream on a socket. Without WSCHAT_OPENSSL only ClientTls remains. It does not know HTTP, WebSocket or loops.
 // ====================================================================================================================
+
+WSCHAT_BEGIN
+
+// How a wss:// server is verified. All files are PEM.
+struct ClientTls {
+    std::string authorities{};  // a file with the authorities to trust; empty: those that the system trusts
+    // A file with revocation lists (CRLs), read once. If set, a certificate is refused if its authority's list is
+    // missing, has expired, or contains the certificate. Empty: a revoked certificate is accepted. OCSP is not used.
+    std::string revocation_lists{};
+    // Sent if the server requests a certificate.
+    std::string certificate{};
+    std::string key{};
+    std::string key_password{};
+    // If set, the server's public key must be one of these: the SHA-256 of its SubjectPublicKeyInfo in base64 (RFC
+    // 7469 2.4). The other checks remain.
+    std::vector<std::string> pinned_keys{};
+    // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data,
+    // unless there are pinned_keys.
+    bool insecure_accept_any_certificate = false;
+};
+
+WSCHAT_END
 
 #if WSCHAT_OPENSSL
 
@@ -7506,18 +7528,6 @@ struct TlsOptions {
 
 namespace detail {
 
-// For the client side of a TlsStream.
-struct TlsClientOptions {
-    std::string authorities{};       // a PEM file; empty: the authorities that the system trusts
-    std::string revocation_lists{};  // a PEM file; empty: revocation is not checked
-    std::string certificate{};       // sent if the server requests one
-    std::string key{};
-    std::string key_password{};
-    // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data.
-    bool accept_any_certificate = false;
-    bool http = true;  // tells the server by ALPN that the protocol is HTTP/1.1
-};
-
 // The largest handshake message that a client may send. Real clients send less than 2 KiB, or 8 KiB with
 // certificates.
 constexpr std::size_t max_tls_message = 16 * 1024;
@@ -7532,11 +7542,13 @@ public:
         for (const Context& context : contexts_) request_client_certificates(context.get(), options);
         SSL_CTX_set_cert_cb(contexts_.front().get(), &select_certificate, this);
     }
-    explicit TlsContext(const TlsClientOptions& options) : verify_(!options.accept_any_certificate) {
+    // `http`: tells the server by ALPN that the protocol is HTTP/1.1.
+    explicit TlsContext(const ClientTls& options, bool http = true)
+        : verify_(!options.insecure_accept_any_certificate) {
         add(TLS_client_method(), {options.certificate, options.key}, options.key_password);
         SSL_CTX* context = contexts_.front().get();
-        const unsigned char http[] = "\x08http/1.1";
-        if (options.http) throw_unless(SSL_CTX_set_alpn_protos(context, http, sizeof http - 1) == 0);
+        const unsigned char name[] = "\x08http/1.1";
+        if (http) throw_unless(SSL_CTX_set_alpn_protos(context, name, sizeof name - 1) == 0);
         if (!verify_) return;
         SSL_CTX_set_verify(context, SSL_VERIFY_PEER, nullptr);
         const std::string& file = options.authorities;
@@ -9026,23 +9038,16 @@ private:
 // The media type for the extension of a file name.
 WSCHAT_COLD inline std::string_view content_type(std::string_view name) {
     // "extension type" in each entry; text types get a charset.
-    constexpr std::string_view types[] = {"html text/html",        "htm text/html",
-                                          "css text/css",          "js text/javascript",
-                                          "mjs text/javascript",   "txt text/plain",
-                                          "md text/markdown",      "csv text/csv",
-                                          "json application/json", "map application/json",
-                                          "yaml application/yaml", "xml application/xml",
-                                          "cbor application/cbor", "wasm application/wasm",
-                                          "pdf application/pdf",   "webmanifest application/manifest+json",
-                                          "svg image/svg+xml",     "png image/png",
-                                          "jpg image/jpeg",        "jpeg image/jpeg",
-                                          "gif image/gif",         "webp image/webp",
-                                          "avif image/avif",       "ico image/x-icon",
-                                          "woff2 font/woff2",      "woff font/woff",
-                                          "ttf font/ttf",          "mp3 audio/mpeg",
-                                          "ogg audio/ogg",         "opus audio/ogg",
-                                          "wav audio/wav",         "m4a audio/mp4",
-                                          "mp4 video/mp4",         "webm video/webm"};
+    // clang-format off
+    constexpr std::string_view types[] = {
+        "html text/html", "htm text/html", "css text/css", "js text/javascript", "mjs text/javascript",
+        "txt text/plain", "md text/markdown", "csv text/csv", "json application/json", "map application/json",
+        "yaml application/yaml", "xml application/xml", "cbor application/cbor", "wasm application/wasm",
+        "pdf application/pdf", "webmanifest application/manifest+json", "svg image/svg+xml", "png image/png",
+        "jpg image/jpeg", "jpeg image/jpeg", "gif image/gif", "webp image/webp", "avif image/avif", "ico image/x-icon",
+        "woff2 font/woff2", "woff font/woff", "ttf font/ttf", "mp3 audio/mpeg", "ogg audio/ogg", "opus audio/ogg",
+        "wav audio/wav", "m4a audio/mp4", "mp4 video/mp4", "webm video/webm"};
+    // clang-format on
     const std::size_t dot = name.rfind('.');
     for (const std::string_view entry : types) {
         const std::size_t space = entry.find(' ');
@@ -13323,24 +13328,6 @@ WSCHAT_END
 
 WSCHAT_BEGIN
 
-// How a wss:// server is verified. All files are PEM.
-struct ClientTls {
-    std::string authorities{};  // a file with the authorities to trust; empty: those that the system trusts
-    // A file with revocation lists (CRLs), read once. If set, a certificate is refused if its authority's list is
-    // missing, has expired, or contains the certificate. Empty: a revoked certificate is accepted. OCSP is not used.
-    std::string revocation_lists{};
-    // Sent if the server requests a certificate.
-    std::string certificate{};
-    std::string key{};
-    std::string key_password{};
-    // If set, the server's public key must be one of these: the SHA-256 of its SubjectPublicKeyInfo in base64 (RFC
-    // 7469 2.4). The other checks remain.
-    std::vector<std::string> pinned_keys{};
-    // Insecure: does not verify the server's certificate. An attacker in the network can read and change all data,
-    // unless there are pinned_keys.
-    bool insecure_accept_any_certificate = false;
-};
-
 // When a client connects again. The delay is random, between zero and a limit that begins at min_delay and doubles
 // with each failure up to max_delay. So the clients of a restarted server do not all come at once.
 struct ReconnectOptions {
@@ -13780,22 +13767,6 @@ private:
 
 // ---- shared by the connections of a client -------------------------------------------------------------------------
 
-#if WSCHAT_OPENSSL
-
-inline TlsClientOptions to_tls_options(const ClientTls& tls, bool http) {
-    TlsClientOptions options;
-    options.authorities = tls.authorities;
-    options.revocation_lists = tls.revocation_lists;
-    options.certificate = tls.certificate;
-    options.key = tls.key;
-    options.key_password = tls.key_password;
-    options.accept_any_certificate = tls.insecure_accept_any_certificate;
-    options.http = http;
-    return options;
-}
-
-#endif
-
 class ClientCore {
 public:
     explicit ClientCore(Worker& its_worker) : worker(its_worker) {}
@@ -13832,7 +13803,7 @@ public:
                                            tls.key_password, tls.insecure_accept_any_certificate ? "any" : ""};
         for (const auto& [known, context] : contexts_)
             if (known == key) return context;
-        auto made = std::make_shared<const TlsContext>(to_tls_options(tls, true));
+        auto made = std::make_shared<const TlsContext>(tls);
         if (contexts_.size() == max_contexts) contexts_.erase(contexts_.begin());
         contexts_.emplace_back(key, made);
         return made;
@@ -18132,19 +18103,15 @@ private:
     // The result of permissions() as a JSON array.
     static std::string permissions_json(std::uint32_t mask) {
         detail::JsonList list;
-        const std::pair<ChatAction, const char*> actions[] = {{ChatAction::say, R"("say","edit","react")"},
-                                                              {ChatAction::private_message, R"("private")"},
-                                                              {ChatAction::rename, R"("rename")"},
-                                                              {ChatAction::join, R"("join")"},
-                                                              {ChatAction::create_room, R"("create")"},
-                                                              {ChatAction::list_rooms, R"("rooms")"},
-                                                              {ChatAction::invite, R"("invite")"},
-                                                              {ChatAction::kick, R"("kick")"},
-                                                              {ChatAction::ban, R"("ban")"},
-                                                              {ChatAction::mute, R"("mute")"},
-                                                              {ChatAction::remove, R"("remove")"},
-                                                              {ChatAction::topic, R"("topic")"},
-                                                              {ChatAction::manage, R"("slow","access","readonly")"}};
+        // clang-format off
+        static constexpr std::pair<ChatAction, const char*> actions[] = {
+            {ChatAction::say, R"("say","edit","react")"}, {ChatAction::private_message, R"("private")"},
+            {ChatAction::rename, R"("rename")"}, {ChatAction::join, R"("join")"},
+            {ChatAction::create_room, R"("create")"}, {ChatAction::list_rooms, R"("rooms")"},
+            {ChatAction::invite, R"("invite")"}, {ChatAction::kick, R"("kick")"}, {ChatAction::ban, R"("ban")"},
+            {ChatAction::mute, R"("mute")"}, {ChatAction::remove, R"("remove")"}, {ChatAction::topic, R"("topic")"},
+            {ChatAction::manage, R"("slow","access","readonly")"}};
+        // clang-format on
         for (const auto& [action, name] : actions)
             if ((mask >> static_cast<unsigned>(action) & 1) != 0) list.add(name);
         return std::string(list.dump());
@@ -21942,7 +21909,7 @@ public:
     // Throws Error if a TLS file cannot be used.
     RedisLink(RedisUrl url, RedisOptions options) : url_(std::move(url)), options_(std::move(options)) {
 #if WSCHAT_OPENSSL
-        if (url_.tls) tls_ = std::make_shared<const TlsContext>(to_tls_options(options_.tls, false));
+        if (url_.tls) tls_ = std::make_shared<const TlsContext>(options_.tls, false);
 #endif
         node_ = random_bytes(8);
         for (char& c : node_) c = static_cast<char>('a' + (static_cast<unsigned char>(c) & 15));
@@ -23342,23 +23309,13 @@ public:
         const auto number = [](auto value) { return std::to_string(value); };
         const std::string key =
             entry.tag.empty() ? text::concat({"o", op}) : text::concat({"t", entry.author, "\n", entry.tag});
-        RedisArguments arguments{"append",
-                                 "",
-                                 entry.room,
-                                 op,
-                                 number(static_cast<unsigned>(entry.kind)),
-                                 key,
-                                 entry.moderator ? "1" : "",
-                                 number(entry.not_before),
-                                 number(limits_.max_reactions),
-                                 number(limits_.max_entries),
-                                 number(limits_.max_bytes),
-                                 max_age(),
-                                 number(limits_.max_rooms),
-                                 number(limits_.max_total_bytes),
-                                 RedisRecord::pack(entry, op),
-                                 "-",
-                                 "-"};
+        // clang-format off
+        RedisArguments arguments{
+            "append", "", entry.room, op, number(static_cast<unsigned>(entry.kind)), key, entry.moderator ? "1" : "",
+            number(entry.not_before), number(limits_.max_reactions), number(limits_.max_entries),
+            number(limits_.max_bytes), max_age(), number(limits_.max_rooms), number(limits_.max_total_bytes),
+            RedisRecord::pack(entry, op), "-", "-"};
+        // clang-format on
         if (entry.retention) {
             const auto& [entries, age] = *entry.retention;
             arguments[arguments.size() - 2] = entries ? number(*entries) : "";

@@ -233,8 +233,8 @@ inline void listen_tls(wschat::Server& server, std::string_view address) {
 
 // A TLS client that accepts any certificate.
 inline std::unique_ptr<wschat::detail::Transport> client_transport(std::string_view host = "localhost") {
-    wschat::detail::TlsClientOptions options;
-    options.accept_any_certificate = true;
+    wschat::ClientTls options;
+    options.insecure_accept_any_certificate = true;
     static const auto context = std::make_shared<const wschat::detail::TlsContext>(options);
     return std::make_unique<wschat::detail::TlsTransport>(std::make_shared<wschat::detail::TlsBuffers>(), context,
                                                           host);

@@ -66,15 +66,15 @@ std::shared_ptr<const TlsContext> server_context(const TlsOptions& options) {
     return std::make_shared<const TlsContext>(options);
 }
 std::shared_ptr<const TlsContext> client_context(const std::string& authorities, const TlsOptions& own = {"", ""}) {
-    TlsClientOptions options;
+    ClientTls options;
     options.authorities = authorities;
     options.certificate = own.certificate;
     options.key = own.key;
     return std::make_shared<const TlsContext>(options);
 }
 std::shared_ptr<const TlsContext> insecure_client_context() {
-    TlsClientOptions options;
-    options.accept_any_certificate = true;
+    ClientTls options;
+    options.insecure_accept_any_certificate = true;
     return std::make_shared<const TlsContext>(options);
 }
 

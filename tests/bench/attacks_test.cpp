@@ -204,8 +204,8 @@ private:
 #if WSCHAT_OPENSSL
     static std::string client_hello(int version) {
         static const auto context = [] {
-            wschat::detail::TlsClientOptions options;
-            options.accept_any_certificate = true;
+            wschat::ClientTls options;
+            options.insecure_accept_any_certificate = true;
             return std::make_shared<const wschat::detail::TlsContext>(options);
         }();
         wschat::detail::TlsStream stream(context, "localhost");
