@@ -14428,20 +14428,22 @@ private:
     // ---- the two ends of an attempt --------------------------------------------------------------------------------
 
     void open(std::unique_ptr<Compression> compression, std::string_view frames) {
-        ClientHandshake opened{shared_from_this(),
-                               nullptr,
-                               current_request(),
-                               std::string(parser_.fields().find("sec-websocket-protocol").value_or("")),
-                               std::move(compression),
-                               &random_mask,
-                               frames};
-        opened.handler = factory_();
-        if (!opened.handler) return fail(stage_, "The factory made no handler.");
+        std::unique_ptr<WebSocketHandler> handler = factory_();
+        if (core_ == nullptr || !attempting_) return;  // the handler's constructor has called disconnect()
+        if (!handler) return fail(stage_, "The factory made no handler.");
         if (core_->worker.draining) return end();
         active_->unwatch(loop());
         Socket socket = std::move(active_->socket);
         std::unique_ptr<Transport> transport = std::move(transport_);
         const IpAddress peer = active_->peer;
+        const std::string subprotocol(parser_.fields().find("sec-websocket-protocol").value_or(""));
+        ClientHandshake opened{shared_from_this(),
+                               std::move(handler),
+                               current_request(),
+                               subprotocol,
+                               std::move(compression),
+                               &random_mask,
+                               frames};
         stop_attempt();
         opened_at_ = loop().now();
         close_code_ = CloseCode::abnormal;

@@ -1719,6 +1719,19 @@ TEST_CASE("callbacks may connect, disconnect and shut down") {
     CHECK_THROWS_AS(client.disconnect(1, CloseCode::abnormal), wschat::Error);
 }
 
+TEST_CASE("the constructor of a handler may disconnect its client") {
+    struct Leaving : WebSocketHandler {
+        explicit Leaving(Client* client) { client->disconnect(1); }
+        void open() override { FAIL("the connection was given up"); }
+        void on_message(const Message&) override {}
+    };
+    EchoServer server;
+    Client client(test::poller_kind());
+    client.connect<Leaving>(url(server.port()), options(), &client);
+    run(client);
+    CHECK(client.connections() == 0);
+}
+
 TEST_CASE("a shutdown closes with 1001, and aborts connections that do not answer by its deadline") {
     const Raw silent([](RawClient& connection, int) {
         connection.read_until("\r\n\r\n");
