@@ -6298,6 +6298,8 @@ public:
     enum class Family : std::uint8_t { unix_socket, ipv4, ipv6 };
 
     IpAddress() = default;
+    // From 4 or 16 bytes in network order.
+    IpAddress(Family family, const void* bytes) { set(family, bytes); }
     explicit IpAddress(const sockaddr_storage& address) {
         if (address.ss_family == AF_INET) {
             sockaddr_in in;
@@ -6314,14 +6316,14 @@ public:
         if (text.find('\0') != std::string_view::npos) return std::nullopt;  // inet_pton() would ignore the rest
         const std::string copy(text);
         unsigned char bytes[16];
-        IpAddress address;
-        if (::inet_pton(AF_INET, copy.c_str(), bytes) == 1) address.set(Family::ipv4, bytes);
-        else if (::inet_pton(AF_INET6, copy.c_str(), bytes) == 1) address.set(Family::ipv6, bytes);
-        else return std::nullopt;
-        return address;
+        if (::inet_pton(AF_INET, copy.c_str(), bytes) == 1) return IpAddress(Family::ipv4, bytes);
+        if (::inet_pton(AF_INET6, copy.c_str(), bytes) == 1) return IpAddress(Family::ipv6, bytes);
+        return std::nullopt;
     }
 
     Family family() const { return family_; }
+    // The address in network order, with bits() bits.
+    const unsigned char* bytes() const { return bytes_.data(); }
     std::string to_string() const {
         if (family_ == Family::unix_socket) return "unix";
         if (family_ == Family::ipv4) return ipv4_text();
@@ -6976,7 +6978,6 @@ private:
     WSCHAT_COLD void parse_binary() {
         const bool local = (byte(12) & 0xF) == 0;
         const unsigned protocol = byte(13);
-        sockaddr_storage source{};
         // "LOCAL: ... the receiver must accept this connection as valid and must use the real connection endpoints and
         // discard the protocol block including the family which is ignored."
         if (local || (protocol != 0x11 && protocol != 0x21)) {
@@ -6985,22 +6986,8 @@ private:
             return;
         }
         const bool v6 = protocol == 0x21;
-        if (header_.size() < fixed_size + (v6 ? 36 : 12)) {
-            failure_ = "the addresses are missing";
-            return;
-        }
-        if (v6) {
-            sockaddr_in6 in6{};
-            in6.sin6_family = AF_INET6;
-            std::memcpy(&in6.sin6_addr, &header_[fixed_size], 16);
-            std::memcpy(&source, &in6, sizeof in6);
-        } else {
-            sockaddr_in in{};
-            in.sin_family = AF_INET;
-            std::memcpy(&in.sin_addr, &header_[fixed_size], 4);
-            std::memcpy(&source, &in, sizeof in);
-        }
-        complete(IpAddress(source));
+        if (header_.size() < fixed_size + (v6 ? 36 : 12)) failure_ = "the addresses are missing";
+        else complete(IpAddress(v6 ? IpAddress::Family::ipv6 : IpAddress::Family::ipv4, &header_[fixed_size]));
     }
     void complete(std::optional<IpAddress> client) {
         failure_ = nullptr;
@@ -13702,19 +13689,18 @@ struct SocketAddress {
     socklen_t size = 0;
 
     SocketAddress(const IpAddress& address, int port, std::uint32_t zone = 0) {
-        const std::string text = address.to_string();
         if (address.family() == IpAddress::Family::ipv6) {
             sockaddr_in6 in6{};
             in6.sin6_scope_id = zone;
             in6.sin6_family = AF_INET6;
             in6.sin6_port = htons(static_cast<std::uint16_t>(port));
-            ::inet_pton(AF_INET6, text.c_str(), &in6.sin6_addr);
+            std::memcpy(&in6.sin6_addr, address.bytes(), 16);
             set(in6);
         } else {
             sockaddr_in in{};
             in.sin_family = AF_INET;
             in.sin_port = htons(static_cast<std::uint16_t>(port));
-            ::inet_pton(AF_INET, text.c_str(), &in.sin_addr);
+            std::memcpy(&in.sin_addr, address.bytes(), 4);
             set(in);
         }
     }
