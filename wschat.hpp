@@ -7093,6 +7093,9 @@ public:
             if (n < 0 && os::interrupted(os::last_error())) continue;
             if (n <= 0) return;
             for (std::ptrdiff_t i = 0; i < n; ++i) on_byte(bytes[i]);
+#if !defined(_WIN32)
+            if (n < static_cast<std::ptrdiff_t>(sizeof bytes)) return;  // the pipe was empty after that
+#endif
         }
     }
 
@@ -8551,10 +8554,14 @@ private:
     class LoopMailbox final : public Mailbox {
     public:
         bool post(detail::Task work) override {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            if (!open_) return false;
-            work_.push_back(std::move(work));
-            if (!has_work.exchange(true)) detail::WakeUp::wake(wake_up.write_end(), 0);
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                if (!open_) return false;
+                work_.push_back(std::move(work));
+                if (has_work.exchange(true)) return true;
+            }
+            // After the lock is released, because the loop needs it at once.
+            detail::WakeUp::wake(wake_up.write_end(), 0);
             return true;
         }
         std::vector<detail::Task> take_all() {
