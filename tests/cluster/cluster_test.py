@@ -28,7 +28,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,30 +35,18 @@ import time
 
 import websockets
 
+from redis_server import RedisServer, free_port
+
 NODES, ROOMS, CLIENTS = 3, 6, 60
 DIE_TOGETHER = ["setpriv", "--pdeathsig", "KILL"]  # when this program ends
 PATIENCE = 60  # seconds for the end of a step on a busy machine
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Redis:
-    def __init__(self):
-        self.folder = tempfile.mkdtemp(prefix="wschat-cluster-")
-        self.port = free_port()
-        self.process = None
-
+class Redis(RedisServer):
     async def start(self, *more):
-        self.process = subprocess.Popen(
-            [*DIE_TOGETHER, "redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
-             "--appendonly", "yes", "--appendfsync", "always", "--repl-diskless-sync-delay", "0",
-             "--dir", self.folder, "--loglevel", "warning", *more],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while "PONG" not in self.cli("ping"):
+        self.launch("--appendonly", "yes", "--appendfsync", "always", "--repl-diskless-sync-delay", "0", *more,
+                    before=DIE_TOGETHER)
+        while not self.answers():
             await asyncio.sleep(0.05)
 
     async def wait_for_info(self, *lines):
@@ -95,18 +82,6 @@ class Redis:
     def offset(self, field):
         """How many bytes of the replication stream it has."""
         return int(re.search(rf"^{field}:(\d+)", self.cli("info", "replication"), re.M).group(1))
-
-    def remove(self):
-        self.kill()
-        shutil.rmtree(self.folder)
-
-    def cli(self, *words):
-        return subprocess.run(["redis-cli", "-p", str(self.port), *words], capture_output=True, text=True,
-                              timeout=PATIENCE).stdout
-
-    def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
 
     def erase(self):
         shutil.rmtree(self.folder)

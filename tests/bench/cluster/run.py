@@ -9,8 +9,9 @@ which gets each message only through Redis. The same work for these systems:
   wschat, chat                RedisHistory: every message is kept, in one order
   Socket.IO, streams-adapter  @socket.io/redis-streams-adapter, with connectionStateRecovery
   io_uring                    both of wschat with WSCHAT_LIBURING: the sends of a turn are one system call
+  floor                       the smallest relay of plain rooms, in place of the second node: see floor.cpp
 
-Prints a table, and writes cluster.json. About eight minutes. Needs g++, libhiredis-dev, liburing-dev, redis-server,
+Prints a table, and writes cluster.json. About eleven minutes. --systems chooses some of them. Needs g++, libhiredis-dev, liburing-dev, redis-server,
 redis-tools, node and npm.
 """
 import argparse
@@ -18,67 +19,53 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1] / "cluster"))
+from redis_server import RedisServer  # noqa: E402
+
 PACKAGES = ["socket.io@4.8.1", "@socket.io/redis-adapter@8.3.0", "@socket.io/redis-streams-adapter@0.3.0",
             "redis@4.7.1"]
 SYSTEMS = [("wschat, rooms", "room"), ("Socket.IO, redis-adapter", "redis"), ("wschat, chat", "chat"),
-           ("Socket.IO, streams-adapter", "streams"), ("io_uring, rooms", "uring-room"), ("io_uring, chat", "uring-chat")]
+           ("Socket.IO, streams-adapter", "streams"), ("io_uring, rooms", "uring-room"), ("io_uring, chat", "uring-chat"),
+           ("floor", "floor"), ("floor, io_uring", "uring-floor")]
 
 
-def build(out):
+def build(out, with_npm):
     out.mkdir(parents=True, exist_ok=True)
     header = HERE.parents[2] / "wschat.hpp"
     redis = ["-DWSCHAT_HIREDIS=1", "-lhiredis"]
-    for name, libraries in (("node", redis), ("uring-node", [*redis, "-DWSCHAT_LIBURING=1", "-luring"]), ("load", [])):
+    uring = ["-DWSCHAT_LIBURING=1", "-luring"]
+    for name, libraries in (("node", redis), ("uring-node", [*redis, *uring]), ("load", []), ("floor", uring)):
         program, source = out / f"cluster_{name}", HERE / f"{name.split('-')[-1]}.cpp"
         newest = max(source.stat().st_mtime, header.stat().st_mtime)
         if not program.exists() or program.stat().st_mtime < newest:
             subprocess.run(["g++", "-std=c++17", "-O2", str(source), "-o", str(program), "-pthread", *libraries],
                            check=True)
-    if not (out / "npm" / "node_modules" / "socket.io").exists():
+    if with_npm and not (out / "npm" / "node_modules" / "socket.io").exists():
         environment = dict(os.environ)
         environment.setdefault("NODE_OPTIONS", "--use-openssl-ca")
         subprocess.run(["npm", "install", "--prefix", str(out / "npm"), "--no-save", "--no-package-lock", "--no-audit",
                         "--no-fund", *PACKAGES], check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Redis:
+class Redis(RedisServer):
     def __init__(self):
-        self.folder, self.port = tempfile.mkdtemp(prefix="wschat-bench-"), free_port()
-        self.process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self.folder],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while "PONG" not in self.cli("ping"):
+        super().__init__()
+        self.launch()
+        while not self.answers():
             time.sleep(0.05)
-        self.url = f"redis://127.0.0.1:{self.port}"
-
-    def cli(self, *words):
-        return subprocess.run(["redis-cli", "-p", str(self.port), *words], capture_output=True, text=True).stdout
 
     def memory(self):
         """Without the buffers of connections, which come and go."""
         info = self.cli("info", "memory")
         number = lambda name: int(re.search(rf"^{name}:(\d+)", info, re.M).group(1))
         return number("used_memory_dataset")
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(30)
-        shutil.rmtree(self.folder)
 
 
 class System:
@@ -87,10 +74,15 @@ class System:
     def __init__(self, out, kind):
         self.out, self.kind = out, kind
         self.redis = Redis()
-        self.nodes = [self.start_node() for _ in range(2)]
+        self.nodes = [self.start_node(), self.start_node(relay=True)]
 
-    def start_node(self):
-        if self.is_ours():
+    def start_node(self, relay=False):
+        if relay and self.kind.endswith("floor"):
+            way = "uring" if self.kind.startswith("uring-") else "send"
+            command = [str(self.out / "cluster_floor"), "0", self.redis.url, way]
+        elif self.kind.endswith("floor"):
+            command = [str(self.out / "cluster_node"), "0", self.redis.url, "room"]
+        elif self.is_ours():
             name = "uring-node" if self.kind.startswith("uring-") else "node"
             command = [str(self.out / f"cluster_{name}"), "0", self.redis.url, self.kind.split("-")[-1]]
         else:
@@ -100,10 +92,10 @@ class System:
         return node
 
     def is_ours(self):
-        return self.kind.endswith(("room", "chat"))
+        return self.kind.endswith(("room", "chat", "floor"))
 
     def load(self, **options):
-        kind = self.kind.split("-")[-1] if self.is_ours() else "socketio"
+        kind = self.kind.split("-")[-1].replace("floor", "room") if self.is_ours() else "socketio"
         pids = ",".join(str(process.pid) for process in [*self.nodes, self.redis.process])
         words = [str(self.out / "cluster_load"), kind, self.nodes[0].port, self.nodes[1].port, "--pids", pids]
         for name, value in options.items():
@@ -121,7 +113,7 @@ class System:
             node.terminate()
         for node in self.nodes:
             node.wait(30)
-        self.redis.stop()
+        self.redis.remove()
 
 
 def measure(out, kind, seconds):
@@ -203,7 +195,7 @@ def copies_of_redis(messages=1000, payload=b"x" * 90):
         for each in sockets:
             each.close()
         time.sleep(0.2)
-    redis.stop()
+    redis.remove()
     return {"publish": costs[1], "copy": (costs[51] - costs[1]) / 50}
 
 
@@ -221,24 +213,30 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/bench"))
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--systems", default=",".join(kind for _, kind in SYSTEMS), help="some of these, in this order")
     options = parser.parse_args()
     options.out = options.out.resolve()
-    build(options.out)
-    rounds = {name: [] for name, _ in SYSTEMS}
+    kinds = options.systems.split(",")
+    systems = [each for kind in kinds for each in SYSTEMS if each[1] == kind]
+    build(options.out, "redis" in kinds or "streams" in kinds)
+    rounds = {name: [] for name, _ in systems}
     for _ in range(options.rounds):
-        for name, kind in SYSTEMS:
+        for name, kind in systems:
             rounds[name].append(measure(options.out, kind, options.seconds))
     table = {name: {row: statistics.median(each[row] for each in results) for row, _, _ in ROWS}
              for name, results in rounds.items()}
-    table["users"] = users_of_the_chat(options.out)
-    table["copies"] = copies_of_redis()
+    if "chat" in kinds:
+        table["users"] = users_of_the_chat(options.out)
+        table["copies"] = copies_of_redis()
     (options.out / "cluster.json").write_text(json.dumps({"median": table, "rounds": rounds}, indent=1))
-    names = [name for name, _ in SYSTEMS]
+    names = [name for name, _ in systems]
     print("| | " + " | ".join(names) + " |")
     print("|---" * (len(names) + 1) + "|")
     for row, unit, digits in ROWS:
         cells = [f"{table[name][row]:,.{digits}f} {unit}".strip() for name in names]
         print(f"| {row} | " + " | ".join(cells) + " |")
+    if "chat" not in kinds:
+        return
     users, copies = table["users"], table["copies"]
     print(f"\nA user who joins the chat: {users['bytes per user']:,.0f} B in Redis, {users['redis per join']:.0f} µs of "
           f"Redis, {users['node per join']:.0f} µs of the node.")
