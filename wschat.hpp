@@ -21425,7 +21425,9 @@ WSCHAT_END
 WSCHAT_BEGIN
 
 struct RedisOptions {
-    std::string prefix = "wschat:";                      // of all keys and channels; each cluster needs its own
+    // Of all keys and channels. All servers with the same Redis, database and prefix are one cluster. No prefix may
+    // begin with the prefix of another cluster.
+    std::string prefix = "wschat:";
     bool require_at_start = true;                        // false: start without Redis, and try again later
     Duration connect_timeout = std::chrono::seconds(5);  // until Redis has answered the first commands
     // The time for an answer to a command, with all waiting. A connection that is silent for this time is closed.
@@ -21951,7 +21953,12 @@ public:
     std::string name() const { return url_.name(); }
     const RedisOptions& options() const { return options_; }
     const std::string& node() const { return node_; }  // a random name of this link
-    std::string channel(const std::string& suffix) const { return options_.prefix + suffix; }
+    std::string key(const std::string& suffix) const { return options_.prefix + suffix; }
+    std::string channel(const std::string& suffix) const { return text::concat({options_.prefix, database(), suffix}); }
+    // A part of the name of each channel, because all databases of a Redis share the channels. Empty for database 0.
+    std::string database() const {
+        return url_.database == 0 ? std::string() : text::concat({"@", std::to_string(url_.database), ":"});
+    }
     RedisCounts& counts() const { return *counts_; }
     const std::shared_ptr<RedisCounts>& shared_counts() const { return counts_; }
     MetricSource metrics() const { return RedisCounts::source(counts_, name(), options_.prefix); }
@@ -22462,7 +22469,7 @@ private:
 namespace detail {
 
 // The script in Redis. Each call is atomic for all servers. KEYS[1] is PREFIXmeta, ARGV[1] the call, ARGV[2] the
-// epoch that the server knows. The keys, with the prefix:
+// epoch that the server knows, D RedisLink::database(). The keys, with the prefix:
 //
 //   meta      hash: format, epoch, opening (the number of that epoch), run (of the Redis process), floor (the largest
 //             id of all deleted rooms), bytes, facts and decisions (their numbers), gid (the newest id of the feed),
@@ -22483,6 +22490,7 @@ constexpr const char* redis_script = R"lua(
 if redis.replicate_commands then redis.replicate_commands() end
 local call, meta, cmd = redis.call, KEYS[1], ARGV[1]
 local P = string.sub(meta, 1, -5)
+local C = P .. D
 local pack, unpack = cmsgpack.pack, cmsgpack.unpack
 local function str(n) return string.format('%.0f', n) end
 local function num(s) return tonumber(s or 0) or 0 end
@@ -22605,7 +22613,7 @@ end
 local function feed(data)
   local gid = str(call('HINCRBY', meta, 'gid', 1))
   call('XADD', P .. 'feed', 'MAXLEN', '~', '10000', gid .. '-0', 'm', data)
-  call('PUBLISH', P .. 'feed', gid .. ':' .. data)
+  call('PUBLISH', C .. 'feed', gid .. ':' .. data)
   return gid
 end
 local function add(r, blob, key, op, max_rooms)
@@ -22625,7 +22633,7 @@ local function add(r, blob, key, op, max_rooms)
   gave(r, r.last)
   call('ZADD', P .. 'rooms', call('HINCRBY', meta, 'use', 1), r.name)
   if string.sub(r.name, 1, 1) == '\n' then return id, feed('c' .. pack({r.name, id, blob})) end
-  call('PUBLISH', P .. 'c:' .. r.name, id .. ':' .. blob)
+  call('PUBLISH', C .. 'c:' .. r.name, id .. ':' .. blob)
   return id, ''
 end
 local function records(out, r, lo, hi)
@@ -22775,7 +22783,7 @@ if cmd == 'sync' then
     r.last = id
     gave(r, id + 1)
     save(r)
-    call('PUBLISH', P .. 'c:' .. r.name, str(id) .. ':')
+    call('PUBLISH', C .. 'c:' .. r.name, str(id) .. ':')
   end
   return {'ok', str(r.last), str(r.first), known(r, ARGV[4], id) and '1' or ''}
 end
@@ -22862,7 +22870,7 @@ local function presence(room, kind, fold, e, max)
   if user then call('HSET', users, e[6], pack(user)) end
   return ''
 end
-local function publish_entry(room, e) call('PUBLISH', P .. 'c:' .. room, '-' .. pack(e)) end
+local function publish_entry(room, e) call('PUBLISH', C .. 'c:' .. room, '-' .. pack(e)) end
 
 if cmd == 'presence' then
   local e = unpack(ARGV[6])
@@ -23269,7 +23277,7 @@ public:
     using Listener = ChatStore::Listener;
 
     RedisStore(std::shared_ptr<RedisLink> link, const HistoryLimits& limits)
-        : link_(std::move(link)), limits_(limits), queue_(*link_, link_->channel("meta")) {
+        : link_(std::move(link)), limits_(limits), queue_(*link_, link_->key("meta")) {
         queue_.on_lost = [this] { reopen(); };
         follow_feed();
     }
@@ -23488,7 +23496,7 @@ public:
     // ---- the link --------------------------------------------------------------------------------------------------
 
     void on_redis_up() override {
-        link_->send({"SCRIPT", "LOAD", redis_script},
+        link_->send({"SCRIPT", "LOAD", text::concat({"local D = '", link_->database(), "'\n", redis_script})},
                     [this, alive = alive_](const redisReply* reply, const std::string& cause) {
                         if (!*alive) return;
                         if (reply == nullptr && !cause.empty()) return link_->fail(cause, true);
@@ -23571,8 +23579,7 @@ private:
     // ---- opening ---------------------------------------------------------------------------------------------------
 
     void open(const std::string& script) {
-        RedisArguments arguments{"EVALSHA", script,          "1",           link_->channel("meta"),
-                                 "open",    link_->run_id(), random_token()};
+        RedisArguments arguments{"EVALSHA", script, "1", link_->key("meta"), "open", link_->run_id(), random_token()};
         link_->send(arguments, [this, script, alive = alive_](const redisReply* reply, const std::string& cause) {
             if (!*alive) return;
             if (reply == nullptr) {

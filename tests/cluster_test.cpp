@@ -10,6 +10,7 @@
 #include <map>
 #include <random>
 #include <set>
+#include <sstream>
 #include <thread>
 
 #include "redis.hpp"
@@ -617,6 +618,69 @@ TEST_CASE("keys of another program do not change") {
     node.wait([&] { return contains(node.logged, "redis_foreign_data"); });
     node.say("still here", "", "milk");
     node.wait_for("1:still here*");
+}
+
+TEST_CASE("clusters with other prefixes or other databases of one Redis have nothing in common") {
+    using Kind = ChatEntry::Kind;
+    const RedisServer redis;
+    redis.cli("set other:key value");
+    struct Cluster {
+        Cluster(const std::string& url, const std::string& prefix)
+            : node(url, options_with(prefix)),
+              bus(RedisCluster(url, options_with(prefix)).open(loop.mailbox(), deliver(), {})) {}
+        RoomBus::Deliver deliver() {
+            return [this](const std::string& room, Opcode, std::string_view payload) {
+                delivered += room + ":" + std::string(payload) + " ";
+            };
+        }
+        Node node;
+        Loop loop;
+        std::string delivered;
+        std::unique_ptr<RoomBus> bus;
+    };
+    // Two servers of each.
+    std::vector<std::unique_ptr<Cluster>> all;
+    for (const auto& [path, prefix] : {std::pair{"/0", "a:"}, {"/0", "b:"}, {"/1", "a:"}})
+        for (int i = 0; i < 2; ++i) all.push_back(std::make_unique<Cluster>(redis.url() + path, prefix));
+    for (const auto& each : all) {
+        each->node.all = true;
+        each->node.watch();
+        each->node.wait([&] { return each->node.presences != 0; });
+        each->bus->subscribe("tea");
+    }
+    for (std::size_t i = 0; i < all.size(); i += 2) {
+        Cluster &one = *all[i], &two = *all[i + 1];
+        const std::string name = "cluster" + std::to_string(i);
+        one.node.say(name);
+        one.node.store().put({"ban", name, "1"});
+        one.node.store().forward(presence(Kind::join, "u1", name, "h1"));
+        one.bus->publish("tea", Opcode::text, name);
+        for (const char* what : {"1:", "join:u1="}) two.node.wait_for(what + name);
+        two.node.wait_for(name + "=1");
+        const auto until = Clock::now() + test::deadline;
+        while (two.delivered.empty() && Clock::now() < until) two.loop.poll(10ms);
+    }
+    for (std::size_t i = 0; i < all.size(); ++i) {
+        Cluster& each = *all[i];
+        const std::string name = "cluster" + std::to_string(i / 2 * 2);
+        for (int turn = 0; turn < 20; ++turn) {
+            each.node.poll();
+            each.loop.poll(1ms);
+        }
+        for (std::size_t other = 0; other < all.size(); other += 2) {
+            const std::string others = "cluster" + std::to_string(other);
+            if (others != name) CHECK_FALSE(contains(each.node.heard + each.delivered, others));
+        }
+        CHECK(each.delivered == (i % 2 == 0 ? "" : "tea:" + name + " "));
+        CHECK_FALSE(contains(each.node.logged, "foreign"));
+        CHECK(each.node.read().last_id == 1);
+    }
+    CHECK(contains(redis.cli("get other:key"), "value"));
+    for (const char* keys : {"keys '*'", "-n 1 keys '*'"}) {
+        std::istringstream lines(redis.cli(keys));
+        for (std::string key; std::getline(lines, key);)
+            CHECK((key == "other:key" || key.substr(0, 2) == "a:" || key.substr(0, 2) == "b:"));
+    }
 }
 
 TEST_CASE("all servers get the messages of a room in one order, each once") {
