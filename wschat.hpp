@@ -1269,7 +1269,7 @@ namespace detail {
 
 // Writes (size + 2) / 3 * 4 characters.
 inline void encode_base64(const unsigned char* data, std::size_t size, char* out) {
-    constexpr char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    static constexpr char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     for (std::size_t i = 0; i < size; i += 3, out += 4) {
         const std::size_t left = size - i;
         const unsigned bits = (unsigned{data[i]} << 16) | (left > 1 ? unsigned{data[i + 1]} << 8 : 0u) |
@@ -1416,14 +1416,17 @@ inline Json::Json(std::initializer_list<Member> members) : text_("{") {
 
 namespace detail {
 
-// The characters of RFC 9110 5.6.2.
-inline constexpr auto token_characters = [] {
+// A table of the letters, the digits, and some more characters.
+constexpr std::array<bool, 256> alphanumeric_and(std::string_view more) {
     std::array<bool, 256> allowed{};
-    for (const char c :
-         std::string_view("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"))
-        allowed[static_cast<unsigned char>(c)] = true;
+    for (const std::string_view set :
+         {more, std::string_view("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")})
+        for (const char c : set) allowed[static_cast<unsigned char>(c)] = true;
     return allowed;
-}();
+}
+inline constexpr auto token_characters = alphanumeric_and("!#$%&'*+-.^_`|~");  // RFC 9110 5.6.2
+inline constexpr auto base64_characters = alphanumeric_and("+/");              // RFC 4648 4
+inline constexpr auto host_characters = alphanumeric_and("-._~");              // RFC 3986 2.3
 
 // Compares eight characters, without the case of ASCII letters.
 constexpr bool equal_but_case(std::uint64_t x, std::uint64_t y) {
@@ -1462,7 +1465,9 @@ WSCHAT_NOINLINE inline bool equals_ignore_case(std::string_view a, std::string_v
         if (a[i] != b[i] && to_lower(a[i]) != to_lower(b[i])) return false;
     return true;
 }
-inline bool starts_with(std::string_view s, std::string_view prefix) { return s.substr(0, prefix.size()) == prefix; }
+inline bool starts_with(std::string_view s, std::string_view prefix) {
+    return s.size() >= prefix.size() && std::string_view(s.data(), prefix.size()) == prefix;
+}
 
 // Removes the optional whitespace of RFC 9110 5.6.3: spaces and tabs.
 WSCHAT_NOINLINE inline std::string_view trim(std::string_view s) {
@@ -2366,8 +2371,10 @@ inline const char* field_line_error(std::string_view line, FieldNames* names = n
     std::size_t size = 0;
     while (size < line.size() && text::is_token_char(line[size])) ++size;
     if (size != 0 && size < line.size() && line[size] == ':') {
-        if (names != nullptr) names->add(line.substr(0, size));
-        return has_control_character(line.substr(size + 1)) ? "A header value has a control character." : nullptr;
+        if (names != nullptr) names->add({line.data(), size});
+        return has_control_character({line.data() + size + 1, line.size() - size - 1})
+                   ? "A header value has a control character."
+                   : nullptr;
     }
     if (line.front() == ' ' || line.front() == '\t') return "A header line is folded.";
     if (line.front() == ':') return "A header has no name.";
@@ -2392,7 +2399,7 @@ inline bool valid_host(std::string_view host) {
         port = host;
         name = text::consume_until(port, ':');
         for (const char c : name)
-            if (!text::is_alphanumeric(c) && c != '-' && c != '.' && c != '_' && c != '~') return false;
+            if (!host_characters[static_cast<unsigned char>(c)]) return false;
     }
     return !name.empty() && (port.empty() || text::parse_unsigned(port, 65535));
 }
@@ -2574,9 +2581,6 @@ private:
     };
     // Not with substr(), which checks the position.
     std::string_view part(Part p) const { return {bytes_.data() + p.begin, p.size}; }
-    Part part_of(std::string_view view) const {
-        return {static_cast<std::uint32_t>(view.data() - bytes_.data()), static_cast<std::uint32_t>(view.size())};
-    }
 
     bool media_type_is(std::string_view type) const {
         std::string_view value = header("content-type");
@@ -2677,16 +2681,31 @@ public:
         consumed = 0;
         // Usually the whole head has arrived, and memory for all of it is allocated at once.
         constexpr std::size_t usual = 2048;
-        if (status_ == 0 && !started()) request_.bytes_.reserve((std::min)(bytes.size(), usual));
+        if (status_ == 0 && !started()) begin_request((std::min)(bytes.size(), usual));
+        std::size_t stored = 0;  // of these bytes
+        const auto store = [&] {
+            request_.bytes_.append(bytes.data() + stored, consumed - stored);
+            stored = consumed;
+        };
         while (status_ == 0 && consumed < bytes.size()) {
             const std::size_t end = bytes.find('\n', consumed);
             const bool complete = end != std::string_view::npos;
             const std::string_view piece(bytes.data() + consumed, (complete ? end + 1 : bytes.size()) - consumed);
             if ((!started() && !check_first_byte(piece.front())) || !check_limits(piece)) break;
-            request_.bytes_.append(piece);
+            const bool begins_line = line_begin_ == size_;
+            size_ += piece.size();
             consumed += piece.size();
-            if (complete && parse_line()) return check_head() ? Outcome::request : Outcome::failure;
+            if (!complete) break;
+            // A line that has arrived whole is parsed where it is, and stored with the others. Gain: 3% of the
+            // instructions of a connection.
+            if (!begins_line) store();
+            const bool ends_head = parse_line(begins_line ? piece : head().substr(line_begin_));
+            if (size_ == 0) stored = consumed;
+            if (!ends_head) continue;
+            store();
+            return check_head() ? Outcome::request : Outcome::failure;
         }
+        store();
         return status_ == 0 ? Outcome::need_more : Outcome::failure;
     }
 
@@ -2694,13 +2713,12 @@ public:
     Request take_request() {
         Request request = std::move(request_);
         if (request.bytes_.capacity() > request.bytes_.size()) request.bytes_.shrink_to_fit();
-        request_ = Request();
-        line_begin_ = field_count_ = 0;
-        skipped_empty_line_ = false;
+        size_ = 0;
+        taken_ = true;
         return request;
     }
     // Whether an incomplete head has been received.
-    bool started() const { return !request_.bytes_.empty(); }
+    bool started() const { return size_ != 0; }
     // The memory of an incomplete head.
     std::size_t buffered() const { return started() ? request_.bytes_.capacity() : 0; }
     // After a failure: the status of the response, and a sentence for its body.
@@ -2716,6 +2734,15 @@ private:
         return false;
     }
 
+    void begin_request(std::size_t bytes) {
+        if (std::exchange(taken_, false)) {
+            request_ = Request();
+            line_begin_ = field_count_ = 0;
+            skipped_empty_line_ = false;
+        }
+        request_.bytes_.reserve(bytes);
+    }
+
     // Rejects a client of another protocol at its first byte instead of after a timeout.
     bool check_first_byte(char first) {
         if (text::is_token_char(first) || first == '\r' || first == '\n') return true;
@@ -2725,12 +2752,12 @@ private:
 
     // Runs before the bytes are stored. A line end at the end of the bytes does not count.
     bool check_limits(std::string_view piece) {
-        std::size_t size = head().size() + piece.size();
+        std::size_t size = size_ + piece.size();
         const bool in_fields = request_.fields_begin_ != 0;
         const std::size_t max = in_fields ? limits_->max_header_bytes : limits_->max_request_line;
         if (size <= request_.fields_begin_ + max) return true;
         const auto ends_with = [&](char c) {
-            return size != 0 && (size > head().size() ? piece[size - head().size() - 1] : head().back()) == c;
+            return size > size_ ? piece[size - size_ - 1] == c : line_begin_ != size_ && head().back() == c;
         };
         if (ends_with('\n')) --size;
         if (ends_with('\r')) --size;
@@ -2739,12 +2766,11 @@ private:
                          : fail(414, "The request line is longer than " + std::to_string(max) + " bytes.");
     }
 
-    // Parses the last line of head(). Returns true if the line ends the head.
-    bool parse_line() {
-        const std::string_view line = head().substr(line_begin_, head().size() - line_begin_ - 1);
-        if (line.empty() || line.back() != '\r') return fail(400, "A line does not end with CR LF.");
-        const std::string_view content = line.substr(0, line.size() - 1);
-        line_begin_ = head().size();
+    // Parses the last line, with its end. Returns true if the line ends the head.
+    bool parse_line(std::string_view line) {
+        if (line.size() < 2 || line[line.size() - 2] != '\r') return fail(400, "A line does not end with CR LF.");
+        const std::string_view content(line.data(), line.size() - 2);
+        line_begin_ = size_;
         if (request_.fields_begin_ != 0) return content.empty() || parse_field(content);
         if (content.empty()) {
             // RFC 9112 2.2: "ignore at least one empty line (CRLF) received prior to the request-line".
@@ -2752,7 +2778,7 @@ private:
                 return fail(400, "The request line is empty, as in a PROXY header: see ListenOptions::proxy_protocol.");
             skipped_empty_line_ = true;
             request_.bytes_.clear();
-            line_begin_ = 0;
+            line_begin_ = size_ = 0;
             return false;
         }
         request_.fields_begin_ = static_cast<std::uint32_t>(line_begin_);
@@ -2786,31 +2812,36 @@ private:
         if (version[5] != '1') return fail(505, "This server speaks HTTP/1.1.");
         request_.flags_.http_1_0 = version[7] == '0';
         request_.method_size_ = static_cast<std::uint32_t>(method.size());  // it is the first word
-        request_.target_ = request_.part_of(target);
-        return parse_target(target);
+        request_.target_ = part_of(line, target);
+        return parse_target(line, method, target);
     }
 
+    // The request line is the beginning of the head.
+    static Request::Part part_of(std::string_view line, std::string_view part) {
+        return {static_cast<std::uint32_t>(part.data() - line.data()), static_cast<std::uint32_t>(part.size())};
+    }
     // RFC 9112 3.2: origin-form, absolute-form ("A server MUST accept the absolute-form"), "*".
-    bool parse_target(std::string_view target) {
+    bool parse_target(std::string_view line, std::string_view method, std::string_view target) {
         std::string_view path = target;
-        const std::size_t scheme = text::equals_ignore_case(target.substr(0, 7), "http://")    ? 7
+        const std::size_t scheme = target.front() == '/'                                       ? 0
+                                   : text::equals_ignore_case(target.substr(0, 7), "http://")  ? 7
                                    : text::equals_ignore_case(target.substr(0, 8), "https://") ? 8
                                                                                                : 0;
         if (scheme != 0) {
             const std::size_t end = (std::min)(target.find_first_of("/?", scheme), target.size());
             const std::string_view authority = target.substr(scheme, end - scheme);
             if (!valid_host(authority)) return fail(400, "The host of the target is invalid.");
-            request_.host_ = request_.part_of(authority);
+            request_.host_ = part_of(line, authority);
             path = target.substr(end);
-        } else if (target.front() != '/' && target != "*" && request_.method() != "CONNECT") {
+        } else if (target.front() != '/' && target != "*" && method != "CONNECT") {
             return fail(400, "The target does not begin with a slash.");
         }
         std::string_view query = path;
         path = text::consume_until(query, '?');
         if (path.find('%') != std::string_view::npos && !text::percent_decode(path))
             return fail(400, "The path has a malformed percent escape.");
-        request_.path_ = request_.part_of(path);
-        request_.query_ = request_.part_of(query);
+        request_.path_ = part_of(line, path);
+        request_.query_ = part_of(line, query);
         return true;
     }
 
@@ -2823,7 +2854,7 @@ private:
             return fail(400, hosts == 0 ? "There is no Host header." : "There is more than one Host header.");
         const std::string_view host = only_host.value_or(std::string_view());
         if (hosts == 1 && !valid_host(host)) return fail(400, "The Host header is invalid.");
-        if (request_.host_.size == 0 && hosts == 1) request_.host_ = request_.part_of(host);
+        if (request_.host_.size == 0 && hosts == 1) request_.host_ = part_of(head(), host);
         return check_body(fields);
     }
 
@@ -2849,9 +2880,11 @@ private:
 
     const Limits* limits_;
     Request request_;
+    std::size_t size_ = 0;  // of the head so far, also of lines that are not stored yet
     std::size_t line_begin_ = 0;
     std::size_t field_count_ = 0;
     bool skipped_empty_line_ = false;
+    bool taken_ = false;  // by take_request(): the next request begins
     int status_ = 0;
     std::string reason_;
 };
@@ -3230,8 +3263,8 @@ private:
 
 // The base64 form of 16 bytes: 22 characters of the alphabet and two of padding.
 inline bool valid_key(std::string_view key) {
-    const auto in_alphabet = [](char c) { return text::is_alphanumeric(c) || c == '+' || c == '/'; };
-    return key.size() == 24 && key.substr(22) == "==" && text::all_of(key.substr(0, 22), in_alphabet);
+    const auto in_alphabet = [](char c) { return base64_characters[static_cast<unsigned char>(c)]; };
+    return key.size() == 24 && key[22] == '=' && key[23] == '=' && text::all_of({key.data(), 22}, in_alphabet);
 }
 
 // The fields of an opening handshake, read in one pass over the header. They are views, which stay valid if the request
@@ -4771,7 +4804,7 @@ public:
     bool dirty = false;  // mark_dirty() was called in this turn
 
     // The Reply that the session waits for has an answer.
-    virtual void on_reply(ReplyAnswer answer) = 0;
+    virtual void on_reply(ReplyAnswer&& answer) = 0;
 
     // The handler has output, or its connection has changed its state: the session acts on it at the end of the turn.
     virtual void mark_dirty() = 0;
@@ -4842,13 +4875,13 @@ private:
         detail::HandlerHost* host;  // only for the loop's thread; null when the session has ended or has given up
     };
 
-    bool answer(detail::ReplyAnswer answer) const {
+    bool answer(detail::ReplyAnswer&& answer) const {
         if (!state_ || !state_->open.exchange(false)) return false;
         if (std::this_thread::get_id() == state_->thread) return deliver(*state_, std::move(answer));
         return state_->mailbox->post(
             [state = state_, answer = std::move(answer)]() mutable { deliver(*state, std::move(answer)); });
     }
-    static bool deliver(State& state, detail::ReplyAnswer answer) {
+    static bool deliver(State& state, detail::ReplyAnswer&& answer) {
         detail::HandlerHost* const host = std::exchange(state.host, nullptr);
         if (host != nullptr) host->on_reply(std::move(answer));
         return host != nullptr;
@@ -10573,7 +10606,7 @@ public:
     // The request that a page's function answers, or null.
     const Request* request() const { return request_.get(); }
     bool awaits_reply() const { return reply_ != nullptr; }
-    void set_reply(ReplyAnswer answer) { answer_ = std::move(answer); }
+    void set_reply(ReplyAnswer&& answer) { answer_ = std::move(answer); }
     bool has_reply() const { return answer_.has_value(); }
     // Stops waiting. A later answer of the Reply has no effect.
     std::optional<ReplyAnswer> take_reply() {
@@ -11186,7 +11219,7 @@ public:
         if (!std::exchange(dirty, true)) host_.turn.dirty.push(*this);
     }
     void set_nodelay(bool on) override { stream_.socket().set_nodelay(on); }
-    WSCHAT_COLD void on_reply(ReplyAnswer answer) override {
+    WSCHAT_COLD void on_reply(ReplyAnswer&& answer) override {
         http_->set_reply(std::move(answer));
         mark_dirty();
     }
@@ -13834,7 +13867,7 @@ public:
         });
     }
 
-    void on_reply(ReplyAnswer) override {}
+    void on_reply(ReplyAnswer&&) override {}
     void mark_dirty() override {}
     void flush() override {}
     std::size_t offer(const std::string_view*, std::size_t) override { return 0; }

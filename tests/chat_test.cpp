@@ -22,7 +22,7 @@ using test::WsClient;
 // Takes the place of a server's sessions. The server does not run: time stands still, and output stays in the handlers.
 class TestHost final : public HandlerHost {
 public:
-    void on_reply(ReplyAnswer) override {}
+    void on_reply(ReplyAnswer&&) override {}
     void mark_dirty() override {}
     void flush() override {}
     std::size_t offer(const std::string_view*, std::size_t) override { return 0; }

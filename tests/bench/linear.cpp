@@ -419,7 +419,7 @@ void queued_slices(std::size_t n) {
 // A host without a server.
 class Host final : public detail::HandlerHost {
 public:
-    void on_reply(detail::ReplyAnswer) override {}
+    void on_reply(detail::ReplyAnswer&&) override {}
     void mark_dirty() override { dirty = true; }
     void flush() override {}
     std::size_t offer(const std::string_view*, std::size_t) override { return 0; }
