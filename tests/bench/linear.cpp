@@ -65,11 +65,12 @@ std::string upgrade_head(std::string_view target, std::string_view headers) {
 }
 
 // Parses the request in pieces of this size.
-Request parsed(std::string_view head, std::size_t piece = 64 * 1024) {
+Request parsed(std::string_view head, std::size_t piece = 64 * 1024, detail::HandshakeFields* fields = nullptr) {
     detail::RequestParser parser(no_limits());
     while (!head.empty()) {
         std::size_t consumed = 0;
         const auto outcome = parser.feed(head.substr(0, piece), consumed);
+        if (fields != nullptr) *fields = parser.handshake();
         if (outcome == detail::RequestParser::Outcome::request) return parser.take_request();
         if (outcome == detail::RequestParser::Outcome::failure) break;
         head.remove_prefix(consumed);
@@ -81,8 +82,8 @@ Request parsed(std::string_view head, std::size_t piece = 64 * 1024) {
 // What the server does with each upgrade request before it calls the handler.
 void handle_upgrade(const std::string& head, std::size_t piece = 64 * 1024) {
     const Measured measured;
-    const Request request = parsed(head, piece);
-    const detail::HandshakeFields fields(request);
+    detail::HandshakeFields fields;
+    const Request request = parsed(head, piece, &fields);
     require(detail::wants_upgrade(fields), "a request is not an upgrade");
     sink = sink + (detail::reject_upgrade(request, fields) ? 1 : 0);
     sink = sink + request.fields().count("origin");

@@ -173,7 +173,10 @@ std::string expected(std::string_view stream, const Limits& limits, std::vector<
     }
 }
 
-std::string outcome(std::string_view stream, const Limits& limits, Chunker chunker, std::vector<Request>* requests) {
+using ParsedRequest = std::pair<Request, wschat::detail::HandshakeFields>;
+
+std::string outcome(std::string_view stream, const Limits& limits, Chunker chunker,
+                    std::vector<ParsedRequest>* requests) {
     constexpr int documented[] = {400, 414, 431, 501, 505};
     RequestParser parser(limits);
     std::string text;
@@ -191,7 +194,7 @@ std::string outcome(std::string_view stream, const Limits& limits, Chunker chunk
                 Request request = parser.take_request();
                 check(!parser.started(), "the parser has still started after take_request()");
                 text += described(request);
-                if (requests != nullptr) requests->push_back(std::move(request));
+                if (requests != nullptr) requests->emplace_back(std::move(request), parser.handshake());
             } else {
                 const int status = parser.status();
                 check(std::count(std::begin(documented), std::end(documented), status) == 1,
@@ -222,8 +225,8 @@ void check_memory(std::string_view stream, const Limits& limits) {
           std::to_string(most));
 }
 
-void check_upgrade(const Request& request, const ExpectedRequest& same) {
-    const wschat::detail::HandshakeFields fields(request);
+void check_upgrade(const ParsedRequest& parsed, const ExpectedRequest& same) {
+    const auto& [request, fields] = parsed;
     check(wants_upgrade(fields) ==
               (has_element(same.fields, "upgrade", "websocket") && has_element(same.fields, "connection", "upgrade")),
           "wants_upgrade() is wrong");
@@ -262,15 +265,18 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     const std::string_view stream = input.remaining_bytes();
 
     std::vector<ExpectedRequest> expected_requests;
-    std::vector<Request> requests;
+    std::vector<ParsedRequest> requests, requests_in_bytes;
     const std::string expected_text = expected(stream, limits, expected_requests);
     check_equal(outcome(stream, limits, Chunker(Chunker::Kind::whole), &requests), expected_text,
                 "the requests differ from the reference");
-    check_equal(outcome(stream, limits, Chunker(Chunker::Kind::bytes), nullptr), expected_text,
+    check_equal(outcome(stream, limits, Chunker(Chunker::Kind::bytes), &requests_in_bytes), expected_text,
                 "the requests differ from the reference if read byte by byte");
     check_equal(outcome(stream, limits, Chunker(Chunker::Kind::random, seed), nullptr), expected_text,
                 "the requests differ from the reference if read in chunks");
-    for (std::size_t i = 0; i < requests.size(); ++i) check_upgrade(requests[i], expected_requests[i]);
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+        check_upgrade(requests[i], expected_requests[i]);
+        check_upgrade(requests_in_bytes[i], expected_requests[i]);
+    }
     check_memory(stream, limits);
     return 0;
 }
