@@ -16436,6 +16436,7 @@ public:
         share_->attach(port_);
     }
     void append(ChatEntry entry) override {
+        if (port_->home) return share_->store().append(std::move(entry));
         if (!call([entry](Share& share) { share.store().append(entry); })) port_->listener->on_failure(entry, ended);
     }
     void forward(const ChatEntry& entry) override {
@@ -16444,19 +16445,22 @@ public:
     }
     void since(const std::string& room, std::optional<HistoryPosition> position, std::size_t limit,
                PageCallback callback) override {
-        read(std::move(callback), [room, position = std::move(position), limit](ChatStore& store, PageCallback then) {
-            store.since(room, position, limit, std::move(then));
+        const bool called = call([room, position = std::move(position), limit, then = answer(callback)](Share& share) {
+            share.store().since(room, position, limit, then);
         });
+        if (!called) callback(ended_page());
     }
     void before(const std::string& room, std::uint64_t id, std::size_t limit, PageCallback callback) override {
-        read(std::move(callback), [room, id, limit](ChatStore& store, PageCallback then) {
-            store.before(room, id, limit, std::move(then));
+        const bool called = call([room, id, limit, then = answer(callback)](Share& share) {
+            share.store().before(room, id, limit, then);
         });
+        if (!called) callback(ended_page());
     }
     void search(const std::string& room, const std::string& words, std::size_t limit, PageCallback callback) override {
-        read(std::move(callback), [room, words, limit](ChatStore& store, PageCallback then) {
-            store.search(room, words, limit, std::move(then));
+        const bool called = call([room, words, limit, then = answer(callback)](Share& share) {
+            share.store().search(room, words, limit, then);
         });
+        if (!called) callback(ended_page());
     }
     void put(ChatFact fact) override {
         if (!call([fact](Share& share) { share.store().put(fact); })) port_->listener->on_fact_failure(fact, ended);
@@ -16507,6 +16511,11 @@ private:
     friend class ChatHub;
 
     static constexpr const char* ended = "the server with the store has ended";
+    static HistoryPage ended_page() {
+        HistoryPage page;
+        page.error = ended;
+        return page;
+    }
 
     // For the loops of a server. The first loop sets the store before it attaches.
     explicit SharedStore(std::shared_ptr<Mailbox> home) : share_(std::make_shared<Share>(nullptr, std::move(home))) {}
@@ -16528,15 +16537,15 @@ private:
         bool home = false;  // on the loop of the store
     };
     using PortPtr = std::shared_ptr<Port>;
+    using ListenerWork = std::function<void(Listener&)>;  // not a template: the code around it is compiled once
 
     // Calls work(listener) on the thread of the hub.
-    template <class Work>
-    static void deliver(const PortPtr& port, Work&& work) {
+    static void deliver(const PortPtr& port, const ListenerWork& work) {
         if (port->home) {
             if (port->listener != nullptr) work(*port->listener);
             return;
         }
-        port->mailbox->post([port, work = std::forward<Work>(work)]() mutable {
+        port->mailbox->post([port, work] {
             if (port->listener != nullptr) work(*port->listener);
         });
     }
@@ -16576,14 +16585,13 @@ private:
             store_->attach(*this, port->mailbox);
         }
         // Any thread may call it. Returns false if the loop of the store has ended.
-        template <class Work>
-        bool call(Work&& work) {
+        bool call(std::function<void(Share&)> work) {
             std::shared_ptr<Mailbox> mailbox;
             {
                 const std::lock_guard<std::mutex> lock(mutex_);
                 mailbox = mailbox_;
             }
-            return mailbox->post([share = shared_from_this(), work = std::forward<Work>(work)]() mutable {
+            return mailbox->post([share = shared_from_this(), work = std::move(work)] {
                 if (share->store_) work(*share);
             });
         }
@@ -16664,11 +16672,14 @@ private:
                 if (each->all() && std::find(ports.begin(), ports.end(), each) == ports.end()) add(each);
         }
         // Calls work(listener) for the hub that made the entry.
-        template <class Work>
-        void reply(const ChatEntry& entry, const Work& work) {
+        void reply(const ChatEntry& entry, const ListenerWork& work) {
             for (const PortPtr& each : std::vector<PortPtr>(ports_))
                 if (each->hub == entry.hub) return deliver(each, work);
-            for (const PortPtr& each : std::vector<PortPtr>(ports_)) deliver(each, work);
+            deliver_all(ports_, work);
+        }
+        // Takes a copy of the list, which the work may change.
+        static void deliver_all(std::vector<PortPtr> ports, const ListenerWork& work) {
+            for (const PortPtr& each : ports) deliver(each, work);
         }
         void on_duplicate(const ChatEntry& entry) override {
             reply(entry, [entry](Listener& to) { to.on_duplicate(entry); });
@@ -16680,30 +16691,25 @@ private:
             reply(entry, [entry, code = std::string(code)](Listener& to) { to.on_refused(entry, code); });
         }
         void on_fact(const ChatFact& fact) override {
-            for (const PortPtr& each : std::vector<PortPtr>(ports_))
-                deliver(each, [fact](Listener& to) { to.on_fact(fact); });
+            deliver_all(ports_, [fact](Listener& to) { to.on_fact(fact); });
         }
         void on_fact_failure(const ChatFact& fact, const std::string& cause) override {
-            for (const PortPtr& each : std::vector<PortPtr>(ports_))
-                deliver(each, [fact, cause](Listener& to) { to.on_fact_failure(fact, cause); });
+            deliver_all(ports_, [fact, cause](Listener& to) { to.on_fact_failure(fact, cause); });
         }
         void on_presence(const std::string& name, const std::vector<ChatEntry>& users) override {
             WatchedRoom* const room = rooms_.find(name);
             if (room == nullptr) return;
             room->known = true;
             table_.replace(name, users);
-            for (const PortPtr& each : std::vector<PortPtr>(room->ports))
-                deliver(each, [name, users](Listener& to) { to.on_presence(name, users); });
+            deliver_all(room->ports, [name, users](Listener& to) { to.on_presence(name, users); });
         }
         void on_facts_lost() override {
-            for (const PortPtr& each : std::vector<PortPtr>(ports_))
-                deliver(each, [](Listener& to) { to.on_facts_lost(); });
+            deliver_all(ports_, [](Listener& to) { to.on_facts_lost(); });
         }
         void on_position(const std::string& name, const HistoryPage& page) override {
             const WatchedRoom* const room = rooms_.find(name);
             if (room == nullptr) return;
-            for (const PortPtr& each : std::vector<PortPtr>(room->ports))
-                deliver(each, [name, page](Listener& to) { to.on_position(name, page); });
+            deliver_all(room->ports, [name, page](Listener& to) { to.on_position(name, page); });
         }
         // The hub on the store's loop writes the log for all hubs.
         void on_log(LogLevel level, std::string_view event, const LogFields& fields) override {
@@ -16729,9 +16735,8 @@ private:
     };
 
     // Calls work(share) on the thread of the store. Returns false if that thread has ended.
-    template <class Work>
-    bool call(Work&& work) {
-        if (!port_->home) return share_->call(std::forward<Work>(work));
+    bool call(std::function<void(Share&)> work) {
+        if (!port_->home) return share_->call(std::move(work));
         work(*share_);
         return true;
     }
@@ -16742,15 +16747,6 @@ private:
         return [port = port_, callback = std::move(callback)](Results... results) {
             deliver(port, [callback, results...](Listener&) { callback(results...); });
         };
-    }
-    template <class Read>
-    void read(PageCallback callback, Read&& work) {
-        const bool called = call(
-            [then = answer(callback), work = std::forward<Read>(work)](Share& share) { work(share.store(), then); });
-        if (called) return;
-        HistoryPage page;
-        page.error = ended;
-        callback(std::move(page));
     }
 
     std::shared_ptr<Share> share_;
