@@ -1556,6 +1556,15 @@ inline std::optional<std::string> percent_decode(std::string_view s, bool plus =
 
 }  // namespace text
 
+namespace detail {
+
+// Throws an Error. Out of line, so that a call only makes the parts.
+[[noreturn]] WSCHAT_NOINLINE WSCHAT_COLD inline void throw_error(std::initializer_list<std::string_view> parts) {
+    throw Error(text::concat(parts));
+}
+
+}  // namespace detail
+
 // Makes text from a peer safe for a log line and a terminal: control characters, quotes, backslashes and non-ASCII
 // bytes become \xNN, and "..." replaces all bytes after the first `max`.
 inline std::string escape_for_log(std::string_view value, std::size_t max = 200) {
@@ -3220,7 +3229,7 @@ public:
     explicit Response(int status, std::string body = {}, std::string_view type = "text/plain; charset=utf-8")
         : status_(status), body_(std::move(body)) {
         if (status < 200 || status > 599)
-            throw Error("Response: status " + std::to_string(status) + " is not in 200-599");
+            detail::throw_error({"Response: status ", std::to_string(status), " is not in 200-599"});
         if (!body_.empty()) set_header("Content-Type", type);
     }
     // {"a", "b"} is not a body: as an iterator pair it would be undefined behavior.
@@ -3240,10 +3249,10 @@ public:
     // character such as CR or LF: text from a peer cannot split the response.
     Response& set_header(std::string_view name, std::string_view value) {
         if (text::equals_ignore_case(name, "content-length") || text::equals_ignore_case(name, "transfer-encoding"))
-            throw Error("Response::set_header: only the server sets " + std::string(name));
+            detail::throw_error({"Response::set_header: only the server sets ", name});
         if (!text::is_token(name) || detail::has_control_character(value))
-            throw Error("Response::set_header: \"" + escape_for_log(name) + ": " + escape_for_log(value) +
-                        "\" is not a header field");
+            detail::throw_error({"Response::set_header: \"", escape_for_log(name), ": ", escape_for_log(value),
+                                 "\" is not a header field"});
         const auto same = [&](const auto& header) { return text::equals_ignore_case(header.first, name); };
         // RFC 9110 5.3: Set-Cookie is the only field that repeats.
         if (!text::equals_ignore_case(name, "set-cookie"))
@@ -3259,8 +3268,8 @@ public:
         const std::string& domain = options.domain;
         if (!detail::valid_cookie(name, value) || !text::all_of(path, in_attribute) ||
             !text::all_of(domain, in_attribute) || !text::is_token(options.same_site))
-            throw Error("Response::set_cookie: \"" + escape_for_log(name) + "=" + escape_for_log(value) +
-                        "\" is not a cookie");
+            detail::throw_error(
+                {"Response::set_cookie: \"", escape_for_log(name), "=", escape_for_log(value), "\" is not a cookie"});
         std::string cookie(name);
         (cookie += '=') += value;
         if (!path.empty()) (cookie += "; Path=") += path;
@@ -3374,8 +3383,7 @@ inline std::optional<Response> reject_upgrade(const Request& request, const Hand
 }
 
 inline void reject_control_characters(const char* call, std::string_view value) {
-    if (has_control_character(value))
-        throw Error(std::string(call) + ": \"" + escape_for_log(value) + "\" has a control character");
+    if (has_control_character(value)) throw_error({call, ": \"", escape_for_log(value), "\" has a control character"});
 }
 
 // The 101 (RFC 6455 4.2.2 / 5). Calls write(parts) once with an initializer_list<std::string_view>.
@@ -3901,8 +3909,8 @@ private:
     static void check_options(const CompressionOptions& options) {
         const auto check_range = [](const char* name, int value, int min, int max) {
             if (value < min || value > max)
-                throw Error(std::string("CompressionOptions: ") + name + " " + std::to_string(value) + " is not in " +
-                            std::to_string(min) + "-" + std::to_string(max));
+                throw_error({"CompressionOptions: ", name, " ", std::to_string(value), " is not in ",
+                             std::to_string(min), "-", std::to_string(max)});
         };
         check_range("level", options.level, 1, 9);
         check_range("memory_level", options.memory_level, 1, 9);
@@ -4271,7 +4279,7 @@ public:
     // An unsolicited ping or pong (RFC 6455 5.5.2, 5.5.3). Throws Error for over 125 bytes. Ignores the backlog limit.
     WriteStatus send_control(Opcode opcode, std::string_view payload) {
         if (payload.size() > 125)
-            throw Error("ping: a payload of " + std::to_string(payload.size()) + " bytes is over 125");
+            throw_error({"ping: a payload of ", std::to_string(payload.size()), " bytes is over 125"});
         if (state_ != State::open) return WriteStatus::closed;
         return enqueue_control(opcode, payload);
     }
@@ -4290,9 +4298,9 @@ public:
     }
     static void check_close(CloseCode code, std::string_view reason) {
         if (!legal_on_wire(code))
-            throw Error("close: " + std::to_string(number(code)) + " is not a code that may be sent");
+            throw_error({"close: ", std::to_string(number(code)), " is not a code that may be sent"});
         if (reason.size() > 123)
-            throw Error("close: a reason of " + std::to_string(reason.size()) + " bytes is over 123");
+            throw_error({"close: a reason of ", std::to_string(reason.size()), " bytes is over 123"});
         if (!valid_utf8(reason)) throw Error("close: the reason is not UTF-8");
     }
 
@@ -4996,7 +5004,7 @@ public:
     WebSocketHandler() = default;
     WebSocketHandler(const WebSocketHandler&) = delete;
     WebSocketHandler& operator=(const WebSocketHandler&) = delete;
-    virtual ~WebSocketHandler() {
+    WSCHAT_NOINLINE virtual ~WebSocketHandler() {
         if (!core_.ref.cell_) return;
         core_.ref.cell_->handler = nullptr;
         core_.ref.cell_->queued = 0;
@@ -5089,7 +5097,7 @@ public:
     }
     void close(int code, std::string_view reason = {}) {
         if (code < 0 || code > 0xFFFF)
-            throw Error("close: " + std::to_string(code) + " is not a code that may be sent");
+            detail::throw_error({"close: ", std::to_string(code), " is not a code that may be sent"});
         close(static_cast<CloseCode>(code), reason);
     }
 
@@ -5154,15 +5162,15 @@ private:
     }
 
     detail::HandlerHost& host(const char* call) {
-        if (core_.host == nullptr) throw Error(std::string(call) + ": a handler has no server in its constructor");
+        if (core_.host == nullptr) detail::throw_error({call, ": a handler has no server in its constructor"});
         return *core_.host;
     }
 
     static void check_payload(const char* call, std::string_view payload, Opcode opcode) {
         if (opcode != Opcode::text && opcode != Opcode::binary)
-            throw Error(std::string(call) + ": the opcode is neither text nor binary");
+            detail::throw_error({call, ": the opcode is neither text nor binary"});
         if (opcode == Opcode::text && !valid_utf8(payload))
-            throw Error(std::string(call) + ": the text is not UTF-8; send it as Opcode::binary");
+            detail::throw_error({call, ": the text is not UTF-8; send it as Opcode::binary"});
     }
 
     template <class Send>
@@ -6448,8 +6456,7 @@ public:
         const auto address = IpAddress::parse(text::consume_until(rest, '/'));
         const bool single = text.find('/') == std::string_view::npos;
         const auto bits = text::parse_unsigned(rest, address ? address->bits() : 0);
-        if (!address || (!single && !bits))
-            throw Error("\"" + std::string(text) + "\" is neither an address nor a CIDR block");
+        if (!address || (!single && !bits)) throw_error({"\"", text, "\" is neither an address nor a CIDR block"});
         bits_ = single ? address->bits() : static_cast<unsigned>(*bits);
         base_ = address->prefix(bits_);
     }
@@ -6720,12 +6727,12 @@ struct ListenAddress {
         const std::size_t colon = text.rfind(':');
         if (text::starts_with(text, "unix:")) {
             address.unix_path = text.substr(5);
-            if (address.unix_path.empty()) throw Error("listen " + std::string(text) + ": the path is missing");
+            if (address.unix_path.empty()) throw_error({"listen ", text, ": the path is missing"});
             return address;
         }
         if (text::starts_with(text, "fd:")) {
             const auto descriptor = text::parse_unsigned(text.substr(3), INT32_MAX);
-            if (!descriptor) throw Error("listen " + escape_for_log(text) + ": not a descriptor such as fd:3");
+            if (!descriptor) throw_error({"listen ", escape_for_log(text), ": not a descriptor such as fd:3"});
             address.inherited = static_cast<int>(*descriptor);
             return address;
         }
@@ -6735,8 +6742,8 @@ struct ListenAddress {
         const auto port = text::parse_unsigned(colon == std::string_view::npos ? text : text.substr(colon + 1), 65535);
         if (!port || host.empty() || host.find_first_of("[]") != std::string_view::npos ||
             brackets != (host.find(':') != std::string_view::npos))
-            throw Error("listen " + escape_for_log(text) +
-                        ": not an address; a port is 0-65535, as in 8888, 127.0.0.1:8888 or [::1]:8888");
+            throw_error({"listen ", escape_for_log(text),
+                         ": not an address; a port is 0-65535, as in 8888, 127.0.0.1:8888 or [::1]:8888"});
         address.host = host;
         address.port = static_cast<int>(*port);
         return address;
@@ -6756,9 +6763,9 @@ public:
         : address_(address) {
         const bool makes_path = address.inherited == -1 && !address.unix_path.empty();
         if (options.unix_mode && (!makes_path || *options.unix_mode > 07777))
-            throw Error("listen " + address.to_string() + ": " +
-                        (makes_path ? "ListenOptions::unix_mode is not a mode such as 0660"
-                                    : "only a Unix socket that listen() makes can have ListenOptions::unix_mode"));
+            throw_error({"listen ", address.to_string(), ": ",
+                         makes_path ? "ListenOptions::unix_mode is not a mode such as 0660"
+                                    : "only a Unix socket that listen() makes can have ListenOptions::unix_mode"});
         if (address.inherited != -1) adopt();
         else if (makes_path) listen_unix(options.unix_mode);
         else listen_tcp(reuse_port);
@@ -6812,7 +6819,7 @@ private:
         const std::string service = std::to_string(address_.port);
         const int status = ::getaddrinfo(any ? "::" : address_.host.c_str(), service.c_str(), &hints, &found);
         if (status != 0)
-            throw Error("listen " + address_.to_string() + ": the host is unknown: " + os::resolver_error_text(status));
+            throw_error({"listen ", address_.to_string(), ": the host is unknown: ", os::resolver_error_text(status)});
         const std::unique_ptr<addrinfo, void (*)(addrinfo*)> owned(found, [](addrinfo* list) { ::freeaddrinfo(list); });
         socket_ = Socket(os::open_socket(found->ai_family));
         if (!socket_ && any) {
@@ -6842,7 +6849,7 @@ private:
         if (reuse_port && !socket_.set_option(SOL_SOCKET, share_port, 1))
             fail(os::last_error(), "setsockopt SO_REUSEPORT");
 #else
-        if (reuse_port) throw Error("listen " + address_.to_string() + ": this system has no SO_REUSEPORT");
+        if (reuse_port) throw_error({"listen ", address_.to_string(), ": this system has no SO_REUSEPORT"});
 #endif
     }
 
@@ -6864,7 +6871,7 @@ private:
     // Takes over a listening socket that another process has opened. It stays open if it cannot be used.
     WSCHAT_COLD void adopt() {
 #if defined(_WIN32)
-        throw Error("listen " + address_.to_string() + ": inherited sockets are not supported on Windows");
+        throw_error({"listen ", address_.to_string(), ": inherited sockets are not supported on Windows"});
 #else
         const int descriptor = address_.inherited;
         int type = 0, listens = 0;
@@ -6872,17 +6879,17 @@ private:
         sockaddr_storage bound{};
         socklen_t bound_size = sizeof bound;
         if (::getsockname(descriptor, reinterpret_cast<sockaddr*>(&bound), &bound_size) != 0)
-            throw Error("listen " + address_.to_string() + ": " +
-                        (errno == EBADF      ? "the process has no such descriptor"
+            throw_error({"listen ", address_.to_string(), ": ",
+                         errno == EBADF      ? "the process has no such descriptor"
                          : errno == ENOTSOCK ? "the descriptor is not a socket"
-                                             : os::error_text(errno)));
+                                             : os::error_text(errno)});
         const bool known = ::getsockopt(descriptor, SOL_SOCKET, SO_TYPE, &type, &size) == 0 &&
                            ::getsockopt(descriptor, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size) == 0;
         const bool family_known =
             bound.ss_family == AF_INET || bound.ss_family == AF_INET6 || bound.ss_family == AF_UNIX;
         if (!known || type != SOCK_STREAM || listens == 0 || !family_known)
-            throw Error("listen " + address_.to_string() +
-                        ": the descriptor is not a listening stream socket of TCP or Unix");
+            throw_error(
+                {"listen ", address_.to_string(), ": the descriptor is not a listening stream socket of TCP or Unix"});
         if (!os::make_nonblocking(descriptor)) fail(errno, "fcntl");
         socket_ = Socket(descriptor);
         if (bound.ss_family == AF_UNIX) {
@@ -6900,13 +6907,13 @@ private:
     WSCHAT_COLD void listen_unix(std::optional<unsigned> mode) {
 #if defined(_WIN32)
         static_cast<void>(mode);
-        throw Error("listen " + address_.to_string() + ": Unix sockets are not supported on Windows");
+        throw_error({"listen ", address_.to_string(), ": Unix sockets are not supported on Windows"});
 #else
         sockaddr_un name{};
         name.sun_family = AF_UNIX;
         if (address_.unix_path.size() >= sizeof name.sun_path)
-            throw Error("listen " + address_.to_string() + ": the path is longer than " +
-                        std::to_string(sizeof name.sun_path - 1) + " bytes");
+            throw_error({"listen ", address_.to_string(), ": the path is longer than ",
+                         std::to_string(sizeof name.sun_path - 1), " bytes"});
         std::memcpy(name.sun_path, address_.unix_path.data(), address_.unix_path.size());
         unlink_stale_socket(name);
         socket_ = Socket(os::open_socket(AF_UNIX));
@@ -7061,12 +7068,12 @@ WSCHAT_COLD inline int inherited_sockets() {
 #if !defined(_WIN32)
     const auto id = text::parse_unsigned(*process, INT32_MAX);
     if (!id || static_cast<pid_t>(*id) != ::getpid())
-        throw Error("listen_inherited: LISTEN_PID is \"" + escape_for_log(*process) + "\", and this process is " +
-                    std::to_string(::getpid()) + ": the sockets are for another process");
+        throw_error({"listen_inherited: LISTEN_PID is \"", escape_for_log(*process), "\", and this process is ",
+                     std::to_string(::getpid()), ": the sockets are for another process"});
 #endif
     const auto sockets = text::parse_unsigned(*count, 1024);
     if (!sockets || *sockets == 0)
-        throw Error("listen_inherited: LISTEN_FDS is \"" + escape_for_log(*count) + "\", not a number of sockets");
+        throw_error({"listen_inherited: LISTEN_FDS is \"", escape_for_log(*count), "\", not a number of sockets"});
     return static_cast<int>(*sockets);
 }
 
@@ -7104,10 +7111,10 @@ public:
         const auto address = reinterpret_cast<sockaddr*>(&self);
         if (read_ == os::no_descriptor || ::bind(read_, address, size) != 0 ||
             ::getsockname(read_, address, &size) != 0 || ::connect(read_, address, size) != 0)
-            throw Error("Loop: cannot open the wake-up socket: " + os::error_text(os::last_error()));
+            throw_error({"Loop: cannot open the wake-up socket: ", os::error_text(os::last_error())});
 #else
         int ends[2];
-        if (os::open_pipe(ends) != 0) throw Error("Loop: cannot open the wake-up pipe: " + os::error_text(errno));
+        if (os::open_pipe(ends) != 0) throw_error({"Loop: cannot open the wake-up pipe: ", os::error_text(errno)});
         read_ = ends[0];
         write_ = ends[1];
 #endif
@@ -7312,7 +7319,7 @@ using PollPoller = BasicPollPoller<PollSystem>;
 class EpollPoller final : public Poller {
 public:
     EpollPoller() : epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
-        if (!epoll_) throw Error("Loop: epoll_create1: " + os::error_text(errno));
+        if (!epoll_) throw_error({"Loop: epoll_create1: ", os::error_text(errno)});
     }
     const char* name() const override { return "epoll"; }
     bool add(os::Descriptor descriptor, Pollable& owner, bool read, bool write) override {
@@ -7367,7 +7374,7 @@ using SystemPoller = EpollPoller;
 class KqueuePoller final : public Poller {
 public:
     KqueuePoller() : queue_(::kqueue()) {
-        if (!queue_) throw Error("Loop: kqueue: " + os::error_text(errno));
+        if (!queue_) throw_error({"Loop: kqueue: ", os::error_text(errno)});
         ::fcntl(queue_.descriptor(), F_SETFD, FD_CLOEXEC);
     }
     const char* name() const override { return "kqueue"; }
@@ -7606,11 +7613,11 @@ private:
     using Context = OpensslPtr<SSL_CTX, &SSL_CTX_free>;
 
     [[noreturn]] static void fail(const char* option, const std::string& file) {
-        throw Error(std::string("TLS ") + option + " \"" + file + "\": " + pop_tls_error());
+        throw_error({"TLS ", option, " \"", file, "\": ", pop_tls_error()});
     }
     // For calls that fail only if memory runs out, or if this OpenSSL was built without the requested feature.
     static void throw_unless(bool done) {
-        if (!done) throw Error("TLS: " + pop_tls_error());
+        if (!done) throw_error({"TLS: ", pop_tls_error()});
     }
 
     void add(const SSL_METHOD* method, const TlsCertificate& files, const std::string& password) {
@@ -7650,8 +7657,8 @@ private:
         SSL_CTX_set_default_passwd_cb_userdata(context, nullptr);
         if (!loaded) fail("key", files.key);
         if (SSL_CTX_check_private_key(context) != 1)
-            throw Error("TLS key \"" + files.key + "\" does not belong to the certificate \"" + files.certificate +
-                        "\": " + pop_tls_error());
+            throw_error({"TLS key \"", files.key, "\" does not belong to the certificate \"", files.certificate,
+                         "\": ", pop_tls_error()});
     }
     static int copy_password(char* buffer, int size, int, void* password) {
         if (password == nullptr) return 0;
@@ -7952,7 +7959,7 @@ private:
         const int result = address ? X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(ssl), host.c_str())
                                    : SSL_set1_host(ssl, host.c_str());
         if (result != 1 || host.empty())
-            throw Error("TLS: \"" + escape_for_log(host) + "\" is not the name of a server");
+            throw_error({"TLS: \"", escape_for_log(host), "\" is not the name of a server"});
     }
 
     void store_with(std::string_view more) {
@@ -8496,7 +8503,7 @@ private:
 template <class Rep, class Period>
 Duration to_clock_duration(std::chrono::duration<Rep, Period> duration, const char* name) {
     const long double ticks = std::chrono::duration<long double, Duration::period>(duration).count();
-    if (std::isnan(ticks)) throw Error(std::string(name) + " is not a number");
+    if (std::isnan(ticks)) throw_error({name, " is not a number"});
     if (ticks >= static_cast<long double>((Duration::max)().count())) return (Duration::max)();
     if (ticks <= static_cast<long double>((Duration::min)().count())) return (Duration::min)();
     const Duration truncated(static_cast<Duration::rep>(ticks));
@@ -8519,8 +8526,7 @@ public:
           waker_(*this),
           now_(poller_->now()) {
         if (!poller_->add(mailbox_->wake_up.descriptor(), waker_, true, false))
-            throw Error("Loop: " + std::string(poller_->name()) + ": " +
-                        detail::os::error_text(detail::os::last_error()));
+            detail::throw_error({"Loop: ", poller_->name(), ": ", detail::os::error_text(detail::os::last_error())});
     }
     Loop(const Loop&) = delete;
     Loop& operator=(const Loop&) = delete;
@@ -8555,8 +8561,8 @@ public:
     int descriptor() const {
         const auto descriptor = poller_->descriptor();
         if (descriptor == detail::os::no_descriptor)
-            throw Error("descriptor: the poller \"" + std::string(poller_->name()) +
-                        "\" has no descriptor to wait for: call poll() at intervals");
+            detail::throw_error({"descriptor: the poller \"", poller_->name(),
+                                 "\" has no descriptor to wait for: call poll() at intervals"});
         return static_cast<int>(descriptor);
     }
     // The time until poll() has something to do although descriptor() is not readable: until the next timer, or zero
@@ -8682,7 +8688,7 @@ private:
         Running(Loop& loop, const char* call) : loop_(loop) {
             const void* nobody = nullptr;
             if (!loop.thread_.compare_exchange_strong(nobody, this_thread()))
-                throw Error(std::string(call) + ": the loop is running already");
+                detail::throw_error({call, ": the loop is running already"});
         }
         Running(const Running&) = delete;
         Running& operator=(const Running&) = delete;
@@ -8833,17 +8839,17 @@ public:
     // Throws an Error that names `call` if the text is not a pattern.
     WSCHAT_COLD Pattern(const char* call, std::string_view pattern) : text_(pattern) {
         const std::string quoted = std::string(call) + " \"" + std::string(pattern) + "\": ";
-        if (!text::starts_with(pattern, "/")) throw Error(quoted + "a path begins with a slash");
+        if (!text::starts_with(pattern, "/")) throw_error({quoted, "a path begins with a slash"});
         std::string_view rest = pattern.substr(1);
         for (bool more = true; more;) {
-            if (open_ended_) throw Error(quoted + "nothing follows a {name...}");
+            if (open_ended_) throw_error({quoted, "nothing follows a {name...}"});
             std::string_view name = cut_segment(rest, more);
             const bool param = name.size() > 2 && name.front() == '{' && name.back() == '}';
             if (param) name = name.substr(1, name.size() - 2);
             open_ended_ = param && name.size() >= 3 && name.substr(name.size() - 3) == "...";
             if (open_ended_) name.remove_suffix(3);
             if (name.find_first_of("{}?#%") != std::string_view::npos || (param && name.empty()))
-                throw Error(quoted + "a segment is plain text, one {name} or, at the end, one {name...}");
+                throw_error({quoted, "a segment is plain text, one {name} or, at the end, one {name...}"});
             segments_.push_back(text::concat({param ? "{" : "", name}));
         }
     }
@@ -8935,7 +8941,7 @@ public:
     // Throws an Error if another entry already matches the same paths.
     template <class... Arguments>
     Entry& add(const char* what, const Pattern& pattern, Arguments&&... arguments) {
-        if (find_same(pattern) != nullptr) throw Error(std::string(what) + " \"" + pattern.text() + "\": given twice");
+        if (find_same(pattern) != nullptr) throw_error({what, " \"", pattern.text(), "\": given twice"});
         const std::string key = big_endian_key(~std::uint64_t{pattern.rank()}) + big_endian_key(entries_.size());
         return entries_.find_or_emplace(key, pattern, std::forward<Arguments>(arguments)...);
     }
@@ -9463,8 +9469,8 @@ public:
         for (const std::string& origin : origins) {
             auto normal = origin == "*" ? origin : normalized_pattern(origin);
             if (!normal)
-                throw Error(std::string(call) + ": \"" + origin +
-                            "\" is not an origin such as https://chat.example or https://*.chat.example");
+                throw_error({call, ": \"", origin,
+                             "\" is not an origin such as https://chat.example or https://*.chat.example"});
             list_.push_back(std::move(*normal));
         }
     }
@@ -9634,12 +9640,12 @@ public:
     WSCHAT_COLD void add_page(const char* call, std::string_view method, std::string_view pattern,
                               Page::Function function, bool folder = false) {
         if (!text::is_token(method) || method == "CONNECT")
-            throw Error("handle: \"" + escape_for_log(method) + "\" is not a method that a page can answer");
+            throw_error({"handle: \"", escape_for_log(method), "\" is not a method that a page can answer"});
         const Pattern parsed(call, pattern);
         Page* page = pages.find_same(parsed);
         if (page == nullptr) page = &pages.add("page", parsed, folder);
         if (!page->add(method, std::move(function)))
-            throw Error("page \"" + parsed.text() + "\": given twice for " + std::string(method));
+            throw_error({"page \"", parsed.text(), "\": given twice for ", method});
     }
     void add_function_page(const char* call, std::string_view method, std::string_view pattern,
                            std::function<Response(const Request&)> answer) {
@@ -9678,7 +9684,7 @@ public:
         const std::string root = anchored(std::string(folder));
         const File probe = File(root);
         if (probe || probe.error() != EISDIR)
-            throw Error("static_dir \"" + std::string(pattern) + "\": " + std::string(folder) + " is not a folder");
+            throw_error({"static_dir \"", pattern, "\": ", folder, " is not a folder"});
         const bool slash = Pattern("static_dir", pattern).text().back() == '/';
         add_page(
             "static_dir", "GET", std::string(pattern) + (slash ? "" : "/") + "{path...}",
@@ -9792,10 +9798,10 @@ private:
         if (!file && found != path) {
             const std::string program = os::executable_path(), beside_program = replace_name(program, path);
             if (File{beside_program}) return beside_program;
-            throw Error("file \"" + pattern + "\": " + path + ": " + os::error_text(file.error()) + "; looked in " +
-                        os::absolute_path(".") + " and in the folder of " + program);
+            throw_error({"file \"", pattern, "\": ", path, ": ", os::error_text(file.error()), "; looked in ",
+                         os::absolute_path("."), " and in the folder of ", program});
         }
-        if (!file) throw Error("file \"" + pattern + "\": " + path + ": " + os::error_text(file.error()));
+        if (!file) throw_error({"file \"", pattern, "\": ", path, ": ", os::error_text(file.error())});
         return found;
     }
 
@@ -10870,7 +10876,7 @@ protected:
     std::optional<Response> start_handler(const Route& route, Request&& request,
                                           const HandshakeFields::Single& origin) {
         handler_ = route.make_handler();
-        if (!handler_) throw Error("route \"" + route.pattern().text() + "\": the factory made no handler");
+        if (!handler_) throw_error({"route \"", route.pattern().text(), "\": the factory made no handler"});
         core().host = this;
         core().request = std::move(request);
         return check_handshake(origin);
@@ -11893,7 +11899,7 @@ class Listener final : public PollableBase<Listener>, public Timer {
 public:
     Listener(SessionHost& host, const ListenerParts& parts)
         : host_(host), parts_(parts), transports_(parts.transports ? parts.transports->clone() : nullptr) {
-        if (!watch()) throw Error("listen " + address().to_string() + ": " + os::error_text(os::last_error()));
+        if (!watch()) throw_error({"listen ", address().to_string(), ": ", os::error_text(os::last_error())});
     }
     Listener(const Listener&) = delete;
     Listener& operator=(const Listener&) = delete;
@@ -12578,7 +12584,8 @@ public:
     // A mailbox of the loop with this number. Throws an Error if there is none.
     std::shared_ptr<Mailbox> mailbox(std::size_t loop) const {
         if (loop >= workers_.size())
-            throw Error("mailbox: there is no loop " + std::to_string(loop) + " of " + std::to_string(workers_.size()));
+            detail::throw_error(
+                {"mailbox: there is no loop ", std::to_string(loop), " of ", std::to_string(workers_.size())});
         return workers_[loop]->loop.mailbox();
     }
 
@@ -12640,9 +12647,9 @@ private:
     }
     WSCHAT_COLD void add_listener(std::string_view address, const std::shared_ptr<detail::TransportFactory>& transports,
                                   const ListenOptions& options) {
-        if (first().draining) throw Error("listen " + std::string(address) + ": the server is shutting down");
+        if (first().draining) detail::throw_error({"listen ", address, ": the server is shutting down"});
         if (threads_run_.load() && &current() != &first())
-            throw Error("listen " + std::string(address) + ": with several loops, call it on the first one");
+            detail::throw_error({"listen ", address, ": with several loops, call it on the first one"});
         const auto socket =
             std::make_shared<detail::ListenSocket>(detail::ListenAddress::parse(address), options_.reuse_port, options);
         const auto listen_on = [socket, transports, proxied = options.proxy_protocol](detail::Worker& worker) {
@@ -12679,7 +12686,7 @@ private:
 
     static std::size_t loops(unsigned threads) {
         constexpr unsigned max = 256;
-        if (threads > max) throw Error("ServerOptions::threads: more than " + std::to_string(max));
+        if (threads > max) detail::throw_error({"ServerOptions::threads: more than ", std::to_string(max)});
         return threads != 0 ? threads : (std::min)(max, (std::max)(1u, std::thread::hardware_concurrency()));
     }
     detail::Worker& first() const { return *workers_.front(); }
@@ -12689,7 +12696,7 @@ private:
         return worker != nullptr && &worker->server == this ? *worker : first();
     }
     void check_stopped(const char* call) const {
-        if (threads_run_.load()) throw Error(std::string(call) + ": with several loops, call it before run()");
+        if (threads_run_.load()) detail::throw_error({call, ": with several loops, call it before run()"});
     }
     detail::Site& site(const char* call) {
         check_stopped(call);
@@ -12718,7 +12725,7 @@ private:
         } catch (const std::system_error& error) {
             --loads_.others_running;
             stop_threads();
-            throw Error(std::string("run: a thread cannot be started: ") + error.what());
+            detail::throw_error({"run: a thread cannot be started: ", error.what()});
         }
     }
     WSCHAT_COLD void run_other(detail::Worker& worker) {
@@ -12823,8 +12830,8 @@ public:
     // Adds a header. Throws an Error if it is not a header field.
     TestRequest& header(std::string_view name, std::string_view value) {
         if (!text::is_token(name) || detail::has_control_character(value))
-            throw Error("TestRequest::header: \"" + escape_for_log(name) + ": " + escape_for_log(value) +
-                        "\" is not a header field");
+            detail::throw_error({"TestRequest::header: \"", escape_for_log(name), ": ", escape_for_log(value),
+                                 "\" is not a header field"});
         ((((headers_ += name) += ": ") += value) += "\r\n");
         return *this;
     }
@@ -12836,7 +12843,8 @@ public:
     // The client's address, such as "203.0.113.7". Throws an Error if it is not an address.
     TestRequest& address(std::string_view address) {
         const auto parsed = IpAddress::parse(address);
-        if (!parsed) throw Error("TestRequest::address: \"" + escape_for_log(address) + "\" is not an IP address");
+        if (!parsed)
+            detail::throw_error({"TestRequest::address: \"", escape_for_log(address), "\" is not an IP address"});
         address_ = *parsed;
         return *this;
     }
@@ -13945,7 +13953,7 @@ WSCHAT_COLD inline void check_client_headers(const char* call,
                                              const std::vector<std::pair<std::string, std::string>>& headers,
                                              const std::vector<std::pair<std::string, std::string>>& cookies) {
     static constexpr std::string_view own[] = {"host", "upgrade", "connection", "content-length", "transfer-encoding"};
-    const auto bad = [&](const std::string& what) { throw Error(std::string(call) + ": " + what); };
+    const auto bad = [&](const std::string& what) { throw_error({call, ": ", what}); };
     for (const auto& [name, value] : headers) {
         if (!text::is_token(name) || has_control_character(value))
             bad("\"" + escape_for_log(name) + "\" is not a header field");
@@ -14656,7 +14664,7 @@ inline void Dial::on_ready(bool readable, bool, bool broken) {
 
 // Throws Error for options that can never work.
 WSCHAT_COLD inline void check_client_options(const ClientOptions& options) {
-    const auto bad = [](const std::string& what) { throw Error("Client::connect: " + what); };
+    const auto bad = [](const std::string& what) { throw_error({"Client::connect: ", what}); };
     check_client_headers("Client::connect", options.headers, options.cookies);
     for (const std::string& each : options.subprotocols)
         if (!text::is_token(each)) bad("the subprotocol \"" + escape_for_log(each) + "\" is not a token");
