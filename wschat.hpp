@@ -21709,8 +21709,7 @@ private:
             return connect_next(os::error_text(error));
         }
         socket_.set_nodelay(true);
-        reader_.reset(::redisReaderCreate());
-        if (reader_ == nullptr) return fail("memory ran out");
+        if (!make_reader()) return fail("memory ran out");
         connected_ = true;
         places_.clear();
         watch();
@@ -21773,12 +21772,34 @@ private:
         }
         if (!ended_) watch();
     }
+    bool make_reader() {
+        reader_.reset(::redisReaderCreate());
+        if (reader_ == nullptr) return false;
+        functions_ = *reader_->fn;
+        create_any_array_ = std::exchange(functions_.createArray, create_array);
+        reader_->fn = &functions_;
+        reader_->privdata = this;
+        return true;
+    }
+    // hiredis allocates all announced elements of an array before they arrive, and calls itself for nested arrays. No
+    // answer of Redis is so large or so deep. The type of `elements` depends on the version of hiredis.
+    template <class Count>
+    static void* create_array(const redisReadTask* task, Count elements) {
+        constexpr Count max_elements = 10'000'000;
+        constexpr int max_depth = 8;
+        auto* const self = static_cast<RedisConnection*>(task->privdata);
+        int depth = 0;
+        for (const redisReadTask* at = task; at != nullptr; at = at->parent) ++depth;
+        self->refused_array_ = self->refused_array_ || elements > max_elements || depth > max_depth;
+        return self->refused_array_ ? nullptr : self->create_any_array_(task, elements);
+    }
     void read(std::string_view bytes) {
         if (::redisReaderFeed(reader_.get(), bytes.data(), bytes.size()) != REDIS_OK) return fail(reader_->errstr);
         while (!ended_) {
             void* next = nullptr;
             if (::redisReaderGetReply(reader_.get(), &next) != REDIS_OK)
-                return fail(text::concat({"its answer is not in the protocol of Redis: ", reader_->errstr}));
+                return fail(text::concat({"its answer is not in the protocol of Redis: ",
+                                          refused_array_ ? "an array is too large" : reader_->errstr}));
             if (next == nullptr) return;
             const std::unique_ptr<redisReply, FreeReply> reply(static_cast<redisReply*>(next));
             on_reply(*reply);
@@ -21821,6 +21842,9 @@ private:
     Socket socket_;
     WireCount wire_;
     std::unique_ptr<redisReader, FreeReader> reader_;
+    redisReplyObjectFunctions functions_{};  // of reader_
+    decltype(functions_.createArray) create_any_array_ = nullptr;
+    bool refused_array_ = false;
     std::string output_;
     std::size_t written_ = 0;          // bytes of output_ that were sent
     std::deque<RedisAnswer> answers_;  // the callbacks of commands without an answer, in order
