@@ -1370,8 +1370,14 @@ public:
 private:
     // Invalid UTF-8 becomes U+FFFD, because a text message must be valid.
     void quote(std::string_view value) {
+        const bool valid = valid_utf8(value);
+        text_.reserve(text_.size() + value.size() + 2);
         text_ += '"';
-        while (!value.empty()) {
+        for (;;) {
+            const std::size_t plain = plain_size(value, valid);
+            text_ += value.substr(0, plain);
+            value.remove_prefix(plain);
+            if (value.empty()) break;
             const std::size_t size = character(value);
             if (size == 0) text_ += "\xEF\xBF\xBD";
             else if (size == 1) escape(value.front());
@@ -1379,6 +1385,26 @@ private:
             value.remove_prefix(size == 0 ? 1 : size);
         }
         text_ += '"';
+    }
+    // The number of first bytes that stay as they are. `valid`: all of it is UTF-8.
+    static std::size_t plain_size(std::string_view value, bool valid) {
+        constexpr std::uint64_t each = 0x0101010101010101, high = 0x80 * each;
+        std::size_t size = 0;
+        // Eight bytes at a time. A byte that does not stay sets the highest bit of its byte in the result. So do some
+        // other bytes, so the second loop reads the eight bytes one by one.
+        for (std::uint64_t word = 0; value.size() - size >= 8; size += 8) {
+            std::memcpy(&word, value.data() + size, 8);
+            const std::uint64_t quote = word ^ (0x22 * each), backslash = word ^ (0x5C * each);
+            const std::uint64_t stops = ((word - 0x20 * each) & ~word) | ((quote - each) & ~quote) |
+                                        ((backslash - each) & ~backslash) | (valid ? 0 : word);
+            if ((stops & high) != 0) break;
+        }
+        const auto is_plain = [valid](char c) {
+            return static_cast<unsigned char>(c) >= 0x20 && c != '"' && c != '\\' &&
+                   (valid || static_cast<unsigned char>(c) < 0x80);
+        };
+        while (size < value.size() && is_plain(value[size])) ++size;
+        return size;
     }
     // The size of the first character, or 0 if it is invalid.
     static std::size_t character(std::string_view value) {
@@ -5673,6 +5699,7 @@ private:
     // Sends to the members on this loop.
     std::size_t send_here(const EncodedFrame& frame, const WebSocketHandler* except);
     std::size_t send_volatile_here(const EncodedFrame& frame, const WebSocketHandler* except);
+    void count_work(const EncodedFrame& frame);
     inline std::size_t publish(Opcode opcode, std::string_view payload, bool is_volatile) const;
 
     std::string name_;
@@ -5780,7 +5807,7 @@ public:
         rooms.loop_ = loop;
     }
     static std::size_t size_here(const Rooms& rooms) { return rooms.size_; }
-    // The number of visits of broadcasts to members: a measure of work.
+    // The work of broadcasts so far: visits to members, and kilobytes for them.
     static std::uint64_t deliveries(const Rooms& rooms) { return rooms.deliveries_; }
 };
 
@@ -5824,6 +5851,11 @@ inline std::size_t Room::broadcast(const EncodedFrame& frame, const WebSocketHan
     return send_here(frame, except) + elsewhere;
 }
 
+// A member costs about as much as one kilobyte for it.
+inline void Room::count_work(const EncodedFrame& frame) {
+    rooms_.root_->deliveries_ += members_.size() * (1 + frame.payload().size() / 1024);
+}
+
 inline std::size_t Room::send_here(const EncodedFrame& frame, const WebSocketHandler* except) {
     constexpr std::size_t ahead = 4;  // the prefetch hides cache misses, which dominate a large fan-out
     std::size_t count = 0;
@@ -5836,7 +5868,7 @@ inline std::size_t Room::send_here(const EncodedFrame& frame, const WebSocketHan
         const WriteStatus status = members_[i].handler->write_message(frame);
         if (status == WriteStatus::sent || status == WriteStatus::queued) ++count;
     }
-    rooms_.root_->deliveries_ += members_.size();
+    count_work(frame);
     return count;
 }
 
@@ -5854,7 +5886,7 @@ inline std::size_t Room::send_volatile_here(const EncodedFrame& frame, const Web
     std::size_t count = 0;
     for (const Member& member : members_)
         if (member.handler != except && member.handler->write_volatile(frame) == WriteStatus::sent) ++count;
-    rooms_.root_->deliveries_ += members_.size();
+    count_work(frame);
     return count;
 }
 
@@ -10165,12 +10197,14 @@ struct TurnState {
     static constexpr unsigned max_handshakes = 64;  // steps of TLS handshakes
     static constexpr unsigned max_continued = 16;   // sessions with work left from earlier turns
     static constexpr unsigned max_more_reads = 64;  // repeated reads of sessions that have already read in this turn
+    static constexpr std::uint64_t max_deliveries = 16'384;  // of all sessions: see RoomsAccess::deliveries()
 
     SessionList<&SessionNode::next_dirty> dirty;      // to flush, or to remove, at the end of this turn
     SessionList<&SessionNode::next_waiting> waiting;  // continue in the next turn: they used up their budget
     std::uint32_t number = 0;
     unsigned handshakes_left = max_handshakes;
     unsigned more_reads_left = max_more_reads;
+    std::uint64_t deliveries_before = 0;  // of earlier turns
 
     // TLS handshakes cost much more than messages, so a turn makes a limited number of steps.
     bool take_handshake() {
@@ -10916,8 +10950,11 @@ protected:
     // Calls the handler for the events in the input, until no event is left, the budget is used up, or the peer does
     // not read. Returns true if the connection has closed.
     bool dispatch_events() {
-        const std::uint64_t deliveries = RoomsAccess::deliveries(host_.rooms);
+        const std::uint64_t delivery_limit = last_delivery();
         Connection& from = connection();
+        // A large message may be sent at once, without the queue.
+        const auto written = [&] { return host_.wire.sent + from.output().size(); };
+        const std::uint64_t max_written = written() + max_answers;
         for (unsigned events = 1;; ++events) {
             const Event event = from.next_event();
             if (event.kind == Event::Kind::message) {
@@ -10932,8 +10969,8 @@ protected:
                 dispatch_control(event);
             }
             if (!dirty) mark_dirty();
-            const bool spent = events >= max_events || from.budget_spent() ||
-                               RoomsAccess::deliveries(host_.rooms) - deliveries >= max_deliveries;
+            const bool spent = events >= max_events || from.budget_spent() || written() > max_written ||
+                               RoomsAccess::deliveries(host_.rooms) >= delivery_limit;
             const bool may_pause = spent || from.metered() || from.output().size() > high_water();
             if (may_pause && from.is_open() && must_pause(spent)) {
                 from.pause_input();
@@ -11013,7 +11050,15 @@ protected:
 private:
     // The budget of a visit, in addition to Connection::budget_spent().
     static constexpr unsigned max_events = 256;
-    static constexpr std::uint64_t max_deliveries = 4096;  // visits of broadcasts to members
+    static constexpr std::size_t max_answers = 64 * 1024;  // bytes for the peer itself
+    static constexpr std::uint64_t max_deliveries = 4096;  // see RoomsAccess::deliveries()
+
+    // When the visit ends. If all sessions together have used up the budget of the turn, each of them handles one more
+    // message.
+    std::uint64_t last_delivery() const {
+        return (std::min)(RoomsAccess::deliveries(host_.rooms) + max_deliveries,
+                          host_.turn.deliveries_before + TurnState::max_deliveries);
+    }
 
     std::optional<Response> check_handshake(const HandshakeFields::Single& origin) {
         const Request& request = core().request;
@@ -11036,16 +11081,16 @@ private:
             pause_ = Pause::rate;
             return true;
         }
-        if (budget_spent) {
-            pause_ = Pause::budget;
-            return true;
+        if (connection().output().size() > high_water()) {
+            above_high_water_ = true;
+            flush();
+            if (connection().output().size() > high_water()) {
+                pause_ = Pause::backlog;
+                return true;
+            }
         }
-        if (connection().output().size() <= high_water()) return false;
-        above_high_water_ = true;
-        flush();
-        if (connection().output().size() <= high_water()) return false;
-        pause_ = Pause::backlog;
-        return true;
+        if (budget_spent) pause_ = Pause::budget;
+        return budget_spent;
     }
 
     WSCHAT_COLD void log_close() {
@@ -12212,6 +12257,7 @@ private:
     // Returns true if work is left; then the next turn does not wait for the poller.
     bool end_turn() {
         ++turn.number;
+        turn.deliveries_before = RoomsAccess::deliveries(rooms);
         continue_waiting();
         // Flushing calls on_drain() and on_close(), which may queue output for other sessions.
         constexpr int max_rounds = 16;
@@ -15360,9 +15406,10 @@ private:
         trim(limits, now);
         HistoryPage page;
         page.last_id = last_id_;
-        const std::uint64_t before_first = last_id_ - records_.size();
-        for (std::uint64_t at = (std::min)(id, last_id_ + 1); at > before_first + 1 && !page.more;) {
-            const ChatEntry& entry = record(--at)->entry;
+        const auto end = records_.lower_bound(big_endian_key(id));
+        for (auto at = end; at != records_.begin() && !page.more;) {
+            --at;
+            const ChatEntry& entry = (*at).value.entry;
             if (!predicate(entry)) continue;
             if (page.entries.size() == limit) page.more = true;
             else page.entries.push_back(entry);
@@ -15403,7 +15450,10 @@ class MemoryHistory final : public ChatStore {
 public:
     explicit MemoryHistory(const HistoryLimits& limits = {}) : limits_(limits) {}
 
-    void attach(Listener& listener, std::shared_ptr<Mailbox>) override { listener_ = &listener; }
+    void attach(Listener& listener, std::shared_ptr<Mailbox> mailbox) override {
+        listener_ = &listener;
+        mailbox_ = std::move(mailbox);
+    }
     void append(ChatEntry entry) override {
         if (!entry.kept()) return listener_->on_entry(entry);
         if (detail::RoomHistory* history = histories_.find(entry.room)) {
@@ -15430,10 +15480,24 @@ public:
         callback(read(
             room, [&](detail::RoomHistory& history) { return history.before(id, limit, limits_, listener_->now()); }));
     }
+    // A search reads all messages of a room, so only some are made in one turn of the loop.
     void search(const std::string& room, const std::string& words, std::size_t limit, PageCallback callback) override {
-        callback(read(room, [&](detail::RoomHistory& history) {
-            return history.search(search_words(words), limit, limits_, listener_->now());
-        }));
+        const auto work = [this, room, words, limit, callback] {
+            callback(read(room, [&](detail::RoomHistory& history) {
+                searches_->bytes += history.bytes();
+                return history.search(search_words(words), limit, limits_, listener_->now());
+            }));
+        };
+        if (mailbox_ == nullptr || (searches_->bytes < Searches::max_bytes && searches_->waiting.empty())) {
+            work();
+        } else if (searches_->waiting.size() < Searches::max_waiting) {
+            searches_->waiting.emplace_back(work);
+        } else {
+            HistoryPage page;
+            page.error = "too many searches wait";
+            return callback(std::move(page));
+        }
+        continue_searches_later();
     }
 
     void put(ChatFact fact) override {
@@ -15552,6 +15616,29 @@ private:
         histories_.erase(room);
     }
 
+    struct Searches {
+        static constexpr std::size_t max_bytes = 256 * 1024, max_waiting = 1000;
+        std::size_t bytes = 0;  // read in this turn
+        bool posted = false;
+        std::deque<std::function<void()>> waiting{};
+    };
+    void continue_searches_later() {
+        if (mailbox_ == nullptr || std::exchange(searches_->posted, true)) return;
+        mailbox_->post([this, alive = std::weak_ptr<Searches>(searches_)] {
+            if (alive.lock() != nullptr) continue_searches();
+        });
+    }
+    void continue_searches() {
+        searches_->posted = false;
+        searches_->bytes = 0;
+        while (!searches_->waiting.empty() && searches_->bytes < Searches::max_bytes) {
+            const std::function<void()> work = std::move(searches_->waiting.front());
+            searches_->waiting.pop_front();
+            work();
+        }
+        if (searches_->bytes != 0) continue_searches_later();
+    }
+
     struct Facts {
         StringMap<ChatFact> all{};             // by scope and key
         std::int64_t next_expiry = INT64_MAX;  // no fact expires earlier
@@ -15579,6 +15666,8 @@ private:
     StringMap<detail::RoomHistory> histories_;  // by room
     StringMap<std::string> by_use_;             // the rooms, in the order of their last entries
     Facts facts_, decisions_;
+    std::shared_ptr<Mailbox> mailbox_;
+    std::shared_ptr<Searches> searches_ = std::make_shared<Searches>();
     std::uint64_t uses_ = 0;
     std::size_t bytes_ = 0;
     std::uint64_t deleted_id_ = 0;  // the largest id of all deleted rooms: ids are not used again
@@ -15936,6 +16025,7 @@ public:
         text_.back() = size_++ == 0 ? '[' : ',';
         (text_ += json) += ']';
     }
+    void reserve(std::size_t bytes) { text_.reserve(bytes + 1); }
     std::size_t size() const { return size_; }
     std::string_view dump() const { return size_ == 0 ? "[]" : std::string_view(text_); }
 
@@ -19181,26 +19271,25 @@ inline std::string mentions_json(std::string_view mentions) {
 // The reactions to a message, for the user with this identity.
 inline std::string reactions_json(const ChatEntry& entry, const std::string& viewer) {
     constexpr std::size_t max_users = 20;
-    JsonList list;
-    std::vector<std::string_view> emojis;
-    for (const ChatEntry::Reaction& first : entry.reactions) {
-        if (text::contains(emojis, first.emoji)) continue;
-        emojis.push_back(first.emoji);
+    struct Group {
+        std::string_view emoji;
         std::size_t count = 0;
         bool own = false;
-        JsonList users;
-        for (const ChatEntry::Reaction& each : entry.reactions) {
-            if (each.emoji != first.emoji) continue;
-            if (++count <= max_users) users.add(Json(each.user).dump());
-            own = own || (!viewer.empty() && each.author == viewer);
-        }
-        Json reaction{{"emoji", first.emoji}, {"count", count}};
-        std::string event = reaction.dump();
-        event.back() = ',';
-        event += "\"users\":";
-        event += users.dump();
-        event += own ? ",\"me\":true}" : "}";
-        list.add(event);
+        JsonList users{};
+    };
+    std::vector<Group> groups;
+    StringMap<std::size_t> numbers;  // in `groups`, by emoji
+    for (const ChatEntry::Reaction& each : entry.reactions) {
+        const std::size_t number = numbers.find_or_emplace(each.emoji, groups.size());
+        if (number == groups.size()) groups.push_back({each.emoji});
+        Group& group = groups[number];
+        if (++group.count <= max_users) group.users.add(Json(each.user).dump());
+        group.own = group.own || (!viewer.empty() && each.author == viewer);
+    }
+    JsonList list;
+    for (const Group& each : groups) {
+        list.add(text::concat({"{\"emoji\":", Json(each.emoji).dump(), ",\"count\":", std::to_string(each.count),
+                               ",\"users\":", each.users.dump(), each.own ? ",\"me\":true}" : "}"}));
     }
     return std::string(list.dump());
 }
@@ -19265,6 +19354,7 @@ detail::JsonList ChatHandler::newest_events(const HistoryPage& page, MakeEvent&&
         bytes += events.back().size();
     }
     detail::JsonList list;
+    list.reserve(bytes + events.size());
     for (std::size_t i = events.size(); i-- > 0;) list.add(events[i]);
     return list;
 }

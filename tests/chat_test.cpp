@@ -2604,6 +2604,40 @@ TEST_CASE("a user and an address may open a limited number of rooms") {
     CHECK(open_rooms(elsewhere, "d") == "+++--");
 }
 
+TEST_CASE("searches of a large history in memory wait for later turns, and too many are refused") {
+    struct Posts final : Mailbox {
+        bool post(detail::Task work) override {
+            tasks.push_back(std::move(work));
+            return true;
+        }
+        std::vector<detail::Task> tasks{};
+    };
+    struct Listener final : ChatStore::Listener {
+        void on_entry(const ChatEntry&) override {}
+        void on_duplicate(const ChatEntry&) override {}
+        void on_failure(const ChatEntry&, const std::string&) override {}
+    } listener;
+    const auto posts = std::make_shared<Posts>();
+    MemoryHistory history;
+    history.attach(listener, posts);
+    ChatEntry entry;
+    entry.room = "tea";
+    entry.text = std::string(5000, 'x');
+    for (int i = 0; i < 100; ++i) history.append(entry);
+    std::size_t found = 0, refused = 0;
+    for (int i = 0; i < 1100; ++i)
+        history.search("tea", "x", 1, [&](const HistoryPage& page) { ++(page.error.empty() ? found : refused); });
+    CHECK(found == 1);
+    CHECK(refused == 99);
+    std::size_t turns = 0;
+    for (; !posts->tasks.empty(); ++turns)
+        for (detail::Task& task : std::exchange(posts->tasks, {})) task();
+    CHECK(found == 1001);
+    CHECK(turns >= 1000);
+    history.search("tea", "x", 1, [&](const HistoryPage& page) { found += page.entries.size(); });
+    CHECK(found == 1002);
+}
+
 TEST_CASE("the users of an address can make a limited number of facts") {
     TestHost host;
     host.hub().limits.address_facts = {0.001, 5};

@@ -6,6 +6,7 @@
 // kernel takes; then the honest client sends its message, and the server continues (SIGCONT) with all of that in its
 // sockets. The figure is the CPU time of the server, user and system, from there to the answer. This is the worst case:
 // in a running server the bytes arrive bit by bit.
+#define WSCHAT_CHAT 1
 #include "../../wschat.hpp"
 
 #include "attack.hpp"
@@ -45,6 +46,29 @@ struct Member : wschat::WebSocketHandler {
     void on_message(const wschat::Message& m) override { room("all").broadcast(m); }
 };
 
+// A chat whose users have many addresses, so only the limits of each connection apply. Its room "old" has long
+// messages, and its room "loved" has messages with as many reactions as the store keeps.
+void add_chat(wschat::Server& server) {
+    using wschat::ChatHub;
+    ChatHub& hub = ChatHub::of(server);
+    hub.limits.address = wschat::FloodRates();
+    hub.limits.address_replies = hub.limits.address_fan_out = hub.limits.address_facts = wschat::Rate();
+    for (int i = 0; i < 200; ++i) hub.room("old").publish(std::string(5000, 'x'), "Anna");
+    for (int i = 0; i < 2; ++i) hub.room("loved").publish("x", "Anna");
+    for (std::uint64_t target = 1; target <= 2; ++target) {
+        wschat::ChatEntry reaction;
+        reaction.kind = wschat::ChatEntry::Kind::react;
+        reaction.room = "loved";
+        reaction.target = target;
+        reaction.name = reaction.author = "Bert";
+        for (int i = 0; i < 499; ++i) {
+            reaction.text = std::to_string(i);
+            hub.store().append(reaction);
+        }
+    }
+    server.route<wschat::ChatHandler>("/chat/{room}");
+}
+
 // Serves until the process is killed. Reports its port.
 [[noreturn]] void serve(int report, const std::string& folder, bool tls) try {
     wschat::ServerOptions options;
@@ -54,6 +78,13 @@ struct Member : wschat::WebSocketHandler {
     server.route<Sink>("/sink");
     server.route<Member>("/room");
     server.get("/page", [](const wschat::Request&) { return wschat::Response(200, "page"); });
+    server.post("/form", [](const wschat::Request& request) {
+        return wschat::Response(200, request.form("last").value_or("") + request.form("absent").value_or(""));
+    });
+    server.post("/files", [](const wschat::Request& request) {
+        return wschat::Response(200, std::to_string(request.form_parts().size()));
+    });
+    add_chat(server);
     server.file("/file", folder + "/file");
     if (tls) server.listen_tls(0, {folder + "/cert.pem", folder + "/key.pem"});
     else server.listen(0);
@@ -212,6 +243,11 @@ std::string bomb() {
     return frame("\xc2", deflater.deflate(std::string(1024 * 1024, '\0'), block, false));
 }
 
+std::string post(std::string_view target, std::string_view type, const std::string& body) {
+    return wschat::text::concat({"POST ", target, " HTTP/1.1\r\nHost: x\r\nContent-Type: ", type,
+                                 "\r\nContent-Length: ", std::to_string(body.size()), "\r\n\r\n", body});
+}
+
 struct Attack {
     const char* name;
     bool tls;
@@ -250,6 +286,26 @@ const Attack attacks[] = {
      [](Peer&) { return repeated("GET /page HTTP/1.1\r\nHost: x\r\n\r\n", kernel_takes); }},
     {"paths of slashes", false, attackers, true, "", "",
      [](Peer&) { return repeated("GET /" + std::string(8000, '/') + " HTTP/1.1\r\nHost: x\r\n\r\n", kernel_takes); }},
+    {"forms", false, attackers, true, "", "",
+     [](Peer&) { return post("/form", "application/x-www-form-urlencoded", repeated("a=%41&", 200'000) + "last=1"); }},
+    {"forms with files", false, attackers, true, "", "",
+     [](Peer&) {
+         const char* const part = "--x\r\nContent-Disposition: form-data; name=a; filename=b\r\n\r\n\r\n";
+         return post("/files", "multipart/form-data; boundary=x", repeated(part, 60'000) + "--x--");
+     }},
+    {"chat: messages", false, attackers, true, "/chat/tea", "",
+     [](Peer&) { return repeated(frame("\x81", std::string(3000, 'x')), 60'000); }},
+    {"chat: reads", false, attackers, true, "/chat/old", "",
+     [](Peer&) { return repeated(frame("\x81", "/before 999"), 300); }},
+    {"chat: reactions", false, attackers, true, "/chat/loved", "",
+     [](Peer&) { return repeated(frame("\x81", "/before 999"), 300); }},
+    {"chat: searches", false, attackers, true, "/chat/old", "",
+     [](Peer&) { return repeated(frame("\x81", "/search a b c d e f g h"), 600); }},
+    {"chat: joins", false, 4 * attackers, false, "", "",
+     [](Peer&) {
+         const char* const target = "/chat/old?name=Carl&key=secret-of-carl";
+         return wschat::detail::handshake_request("x", target, "dGhlIHNhbXBsZSBub25jZQ==");
+     }},
     {"TLS: none", true, attackers, true, "/", "", [](Peer&) { return std::string(); }},
     {"TLS KeyUpdate", true, attackers, true, "/", "", [](Peer& peer) { return peer.key_updates(1000); }},
     {"TLS handshakes", true, 4 * attackers, false, "", "", [](Peer& peer) { return peer.client_hello(); }},

@@ -122,6 +122,12 @@ struct Sink : wschat::WebSocketHandler {
         return wschat::CompressionOptions();
     }
 };
+struct Answerer : wschat::WebSocketHandler {
+    void on_message(const Message&) override {
+        ++count_of(Unit::messages);
+        write_message(std::string(100 * 1024, 'x'));
+    }
+};
 struct Member : wschat::WebSocketHandler {
     void open() override { room("all").join(*this); }
     void on_message(const Message& m) override {
@@ -143,6 +149,7 @@ wschat::ServerOptions options() {
 void set_up(Server& server, Meter& meter, bool tls) {
     server.route<Honest>("/honest", std::ref(meter));
     server.route<Sink>("/sink");
+    server.route<Answerer>("/answers");
     server.route<Member>("/room");
     server.static_dir("/files", "/sim");
     server.get("/page", [](const Request&) {
@@ -233,8 +240,13 @@ const Kind plain_kinds[] = {
      [](Client& c) {
          c.send(repeated(frame("\x01", "") + repeated(frame({"\0", 1}, ""), 6000) + frame("\x80", ""), flood_size));
      }},
-    {"small messages to a room", false, "/room", "", Unit::deliveries, 4096 + 100, 17,
+    // The next message of the honest peer arrives some turns later: five budgets of a turn, and a message of each peer.
+    {"small messages to a room", false, "/room", "", Unit::deliveries, 0, 5 * 16'384 + 100 * 60,
      [](Client& c) { c.send(repeated(frame("\x81", "x"), 8 * kib)); }},
+    {"large messages to a room", false, "/room", "", Unit::deliveries, 0, 5 * 16'384 / 8 + 100 * 60,
+     [](Client& c) { c.send(repeated(frame("\x81", std::string(8 * kib, 'x')), flood_size)); }},
+    {"long answers", false, "/answers", "", Unit::messages, 1, 17,
+     [](Client& c) { c.send(repeated(frame("\x81", "x"), 100)); }},
     {"large messages", false, "/sink", "", Unit::received, 64 * kib, 64,
      [](Client& c) { c.send(repeated(frame("\x82", std::string(60'000, 'x')), flood_size)); }},
     {"bytes of one large message", false, "/sink", "", Unit::received, 64 * kib, 64,
