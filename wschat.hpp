@@ -19271,27 +19271,29 @@ inline std::string mentions_json(std::string_view mentions) {
 // The reactions to a message, for the user with this identity.
 inline std::string reactions_json(const ChatEntry& entry, const std::string& viewer) {
     constexpr std::size_t max_users = 20;
-    struct Group {
-        std::string_view emoji;
+    const auto& all = entry.reactions;
+    std::vector<std::pair<std::string_view, std::size_t>> by_emoji;
+    for (const ChatEntry::Reaction& each : all) by_emoji.emplace_back(each.emoji, by_emoji.size());
+    std::sort(by_emoji.begin(), by_emoji.end());
+    std::vector<std::pair<std::size_t, std::size_t>> groups;  // the first reaction of each emoji, and its place
+    for (std::size_t i = 0; i < by_emoji.size(); ++i)
+        if (i == 0 || by_emoji[i].first != by_emoji[i - 1].first) groups.emplace_back(by_emoji[i].second, i);
+    std::sort(groups.begin(), groups.end());
+    std::string json = "[";
+    for (const auto& [first, place] : groups) {
         std::size_t count = 0;
         bool own = false;
-        JsonList users{};
-    };
-    std::vector<Group> groups;
-    StringMap<std::size_t> numbers;  // in `groups`, by emoji
-    for (const ChatEntry::Reaction& each : entry.reactions) {
-        const std::size_t number = numbers.find_or_emplace(each.emoji, groups.size());
-        if (number == groups.size()) groups.push_back({each.emoji});
-        Group& group = groups[number];
-        if (++group.count <= max_users) group.users.add(Json(each.user).dump());
-        group.own = group.own || (!viewer.empty() && each.author == viewer);
+        std::string users;
+        for (std::size_t i = place; i < by_emoji.size() && by_emoji[i].first == all[first].emoji; ++i) {
+            const ChatEntry::Reaction& each = all[by_emoji[i].second];
+            if (++count <= max_users) (users += count == 1 ? "" : ",") += Json(each.user).dump();
+            own = own || (!viewer.empty() && each.author == viewer);
+        }
+        (json += first == 0 ? "{\"emoji\":" : ",{\"emoji\":") += Json(all[first].emoji).dump();
+        ((json += ",\"count\":") += std::to_string(count)) += ",\"users\":[";
+        (json += users) += own ? "],\"me\":true}" : "]}";
     }
-    JsonList list;
-    for (const Group& each : groups) {
-        list.add(text::concat({"{\"emoji\":", Json(each.emoji).dump(), ",\"count\":", std::to_string(each.count),
-                               ",\"users\":", each.users.dump(), each.own ? ",\"me\":true}" : "}"}));
-    }
-    return std::string(list.dump());
+    return json += "]";
 }
 
 // The event of a kept private message, for the user with this public id.
