@@ -4222,6 +4222,8 @@ public:
         return event;
     }
 
+    // Whether received bytes wait for next_event().
+    bool has_input() const { return input_ != input_end_; }
     // Stores the rest of the input until resume_input(). The caller must not call receive() in between.
     void pause_input() {
         if (input_ == input_end_) return;
@@ -10969,7 +10971,8 @@ protected:
                 dispatch_control(event);
             }
             if (!dirty) mark_dirty();
-            const bool spent = events >= max_events || from.budget_spent() || written() > max_written ||
+            const bool spent = events >= max_events || from.budget_spent() ||
+                               (written() > max_written && from.has_input()) ||
                                RoomsAccess::deliveries(host_.rooms) >= delivery_limit;
             const bool may_pause = spent || from.metered() || from.output().size() > high_water();
             if (may_pause && from.is_open() && must_pause(spent)) {
