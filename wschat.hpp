@@ -774,9 +774,10 @@ private:
 struct Slice {
     ChunkRef chunk;
     std::size_t begin = 0;
-    std::size_t end = 0;
+    std::size_t length = 0;
 
-    std::size_t size() const { return end - begin; }
+    std::size_t size() const { return length; }
+    std::size_t end() const { return begin + length; }
     const char* data() const { return chunk->data() + begin; }
     std::string_view view() const { return {data(), size()}; }
 };
@@ -797,7 +798,7 @@ public:
         ChunkRef chunk(pooled_chunk(n));
         const std::size_t begin = chunk->size();
         chunk->advance(n);
-        return {std::move(chunk), begin, begin + n};
+        return {std::move(chunk), begin, n};
     }
     static char* writable(const Slice& slice) { return slice.chunk->data() + slice.begin; }
 
@@ -877,20 +878,17 @@ inline Slice copy(SendArena& arena, std::string_view bytes) {
 // room is one piece in the queue of each member.
 class SendQueue {
 public:
-    std::size_t size() const { return size_; }
-    bool empty() const { return size_ == 0; }
+    std::size_t size() const { return older_ ? older_->size + tail_.size() : tail_.size(); }
+    bool empty() const { return !tail_.chunk; }
     // The bytes, and the sent part of the oldest chunk, which stays until all of that chunk is sent.
     WSCHAT_INLINE std::size_t held() const {
         const Slice& oldest = has_older() ? older_->slices[older_->sent] : tail_;
-        return oldest.chunk && !oldest.chunk->pooled() ? size_ + oldest.begin : size_;
+        return oldest.chunk && !oldest.chunk->pooled() ? size() + oldest.begin : size();
     }
 
     template <class AnySlice>
     void append(AnySlice&& slice) {
-        const std::size_t size = slice.size();
-        if (size == 0) return;
-        push(std::forward<AnySlice>(slice));
-        size_ += size;
+        if (slice.size() != 0) push(std::forward<AnySlice>(slice));
     }
 
     // Writes at most max pieces, the oldest first. Returns their number.
@@ -905,8 +903,7 @@ public:
 
     // Removes the first n bytes.
     void consume(std::size_t n) {
-        size_ -= n;
-        if (size_ == 0 && (!older_ || older_->slices.empty())) tail_ = Slice();
+        if (n == tail_.size() && (!older_ || older_->slices.empty())) tail_ = Slice();
         else consume_pieces(n);
     }
 
@@ -917,6 +914,7 @@ public:
         const std::size_t from = older_ ? (std::max)(older_->sent, older_->detached) : 0;
         const std::size_t count = older_ ? older_->slices.size() - from : 0;
         if (count == 0 && !tail_pooled) return;
+        const std::size_t whole = size();
         SendQueue copies;  // this queue does not change if memory runs out
         for (std::size_t i = 0; i < count; ++i) copies.push_detached(older_->slices[from + i]);
         copies.push_detached(tail_);
@@ -930,12 +928,12 @@ public:
             older_->detached = slices.size();
         }
         tail_ = std::move(copies.tail_);
+        if (older_) older_->size = whole - tail_.size();
     }
 
     void clear() { *this = SendQueue(); }
     void swap(SendQueue& other) noexcept {
         std::swap(tail_, other.tail_);
-        std::swap(size_, other.size_);
         older_.swap(other.older_);
     }
 
@@ -946,12 +944,18 @@ private:
 
     template <class AnySlice>
     void push(AnySlice&& slice) {
-        if (tail_.end == slice.begin && tail_.chunk == slice.chunk) {
-            tail_.end = slice.end;
+        if (tail_.chunk == slice.chunk && tail_.end() == slice.begin) {
+            tail_.length += slice.length;
             return;
         }
-        if (tail_.size() != 0) older().slices.push_back(std::move(tail_));
+        if (!empty()) push_older();
         tail_ = std::forward<AnySlice>(slice);
+    }
+
+    WSCHAT_NOINLINE void push_older() {
+        const std::size_t size = tail_.size();
+        older().slices.push_back(std::move(tail_));
+        older_->size += size;
     }
 
     WSCHAT_NOINLINE void consume_pieces(std::size_t n) {
@@ -959,6 +963,8 @@ private:
             Slice& slice = older_->slices[older_->sent];
             const std::size_t part = n < slice.size() ? n : slice.size();
             slice.begin += part;
+            slice.length -= part;
+            older_->size -= part;
             n -= part;
             if (slice.size() == 0) {
                 slice = Slice();
@@ -966,6 +972,7 @@ private:
             }
         }
         tail_.begin += n;
+        tail_.length -= n;
         if (tail_.chunk && tail_.size() == 0) tail_ = Slice();
         if (older_ && older_->sent != 0) erase_sent();
     }
@@ -975,7 +982,7 @@ private:
     void push_detached(const Slice& slice) {
         if (!slice.chunk->pooled()) return push(slice);
         std::string_view bytes = slice.view();
-        if (tail_.chunk && !tail_.chunk->pooled() && tail_.end == tail_.chunk->size()) {
+        if (tail_.chunk && !tail_.chunk->pooled() && tail_.end() == tail_.chunk->size()) {
             const std::size_t fits = (std::min)(tail_.chunk->available(), bytes.size());
             if (fits != 0) push_copy(tail_.chunk, bytes.substr(0, fits));
             bytes.remove_prefix(fits);
@@ -988,7 +995,7 @@ private:
         const std::size_t begin = chunk->size();
         std::memcpy(chunk->end(), bytes.data(), bytes.size());
         chunk->advance(bytes.size());
-        push(Slice{std::move(chunk), begin, begin + bytes.size()});
+        push(Slice{std::move(chunk), begin, bytes.size()});
     }
 
     // An empty queue also frees the memory that a long backlog needed.
@@ -1011,14 +1018,14 @@ private:
         std::vector<Slice> slices;
         std::size_t sent = 0;
         std::size_t detached = 0;
+        std::size_t size = 0;  // bytes that are not sent
     };
-    WSCHAT_NOINLINE Older& older() {
+    Older& older() {
         if (!older_) older_ = std::make_unique<Older>();
         return *older_;
     }
 
-    Slice tail_;  // the newest slice, which may grow
-    std::size_t size_ = 0;
+    Slice tail_;                    // the newest slice, which may grow; without a chunk if the queue is empty
     std::unique_ptr<Older> older_;  // null for a queue that never had several slices
 };
 
@@ -10696,7 +10703,7 @@ public:
         const auto wanted = static_cast<std::size_t>((std::min)(file_left_, max_piece));
         Slice piece = host_.arena.allocate(wanted);
         const std::size_t got = file_.read(SendArena::writable(piece), wanted);
-        piece.end = piece.begin + got;
+        piece.length = got;
         output.append(piece);
         file_left_ -= got;
         if (file_left_ == 0) close_file();

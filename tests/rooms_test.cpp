@@ -404,7 +404,7 @@ TEST_SUITE("rooms") {
             CHECK(fixture.room("lobby").broadcast(std::string(1000, 'x')) == 50);
             const wschat::detail::Slice after = arena.allocate(1);
             CHECK(before.chunk == after.chunk);
-            return after.begin - before.end;
+            return after.begin - before.end();
         });
         CHECK(bytes == 4 + 1000);  // the header and the payload
         for (auto& client : clients) CHECK(client->next() == std::string(1000, 'x'));
@@ -416,7 +416,7 @@ TEST_SUITE("rooms") {
             const wschat::detail::Slice before =
                 wschat::detail::RoomsAccess::arena(fixture.running.server.rooms()).allocate(1);
             fixture.room("lobby").broadcast(std::string(1000, 'x'));
-            return wschat::detail::RoomsAccess::arena(fixture.running.server.rooms()).allocate(1).begin - before.end;
+            return wschat::detail::RoomsAccess::arena(fixture.running.server.rooms()).allocate(1).begin - before.end();
         }) == 0);
     }
 
