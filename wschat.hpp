@@ -10138,13 +10138,16 @@ public:
             [](const char*) {});
     }
     // Called by catch blocks, so it throws nothing, even if memory runs out. `peer` and `request` may be null.
+    // The address of a peer. Either may be null.
+    static std::string address_of(const IpAddress* peer, const Request* request) {
+        return peer != nullptr ? peer->to_string() : request != nullptr ? request->remote_address() : std::string();
+    }
     WSCHAT_COLD void exception(const char* where, const char* what, const IpAddress* peer,
                                const Request* request = nullptr) noexcept {
         ++metrics_.handler_exceptions;
         run_guarded(
             [&] {
-                LogFields fields = {
-                    {"in", where}, {"what", what}, {"peer", peer != nullptr ? peer->to_string() : std::string()}};
+                LogFields fields = {{"in", where}, {"what", what}, {"peer", address_of(peer, request)}};
                 // Empty for a client, and if the route does not keep it.
                 if (request != nullptr && !request->method().empty())
                     fields.emplace_back("path", std::string(request->raw_path()));
@@ -10162,6 +10165,8 @@ private:
 
 // The part of a session that the lists of a server use.
 struct SessionNode : HandlerHost {
+    bool waiting = false;                 // in the list of sessions with work left
+    std::uint32_t work_turn = 0;          // the last turn with work other than flushing
     SessionNode* next_dirty = nullptr;    // in the list of dirty sessions
     SessionNode* next_waiting = nullptr;  // in the list of sessions with work left
 
@@ -10541,8 +10546,8 @@ inline void add_cookies(std::string& head, const Response& response, const Reque
 // Close frame. An open WebSocket has none.
 class HttpExchange {
 public:
-    HttpExchange(SessionHost& host, const Limits& limits, const IpAddress& peer)
-        : host_(host), limits_(limits), peer_(peer), parser_(limits) {}
+    HttpExchange(SessionHost& host, const Limits& its_limits, std::optional<IpAddress> its_peer = std::nullopt)
+        : limits(&its_limits), peer(its_peer), host_(host), parser_(its_limits) {}
     HttpExchange(const HttpExchange&) = delete;
     HttpExchange& operator=(const HttpExchange&) = delete;
     BlockPool& pool() const { return host_.exchange_blocks; }
@@ -10551,6 +10556,8 @@ public:
         close_file();
     }
 
+    const Limits* limits;                // those of the server, or of the route that was found
+    std::optional<IpAddress> peer;       // of the socket, or from the PROXY header; none after a WebSocket
     SendQueue output;
     bool keep_alive = true;              // another request may follow the answer
     bool shut_down = false;              // our side of the stream is shut
@@ -10639,7 +10646,9 @@ public:
     void note_answer(int status, const Request* request, std::uint64_t size) {
         ++host_.metrics.responses[status];
         if (!host_.on_access) return;
-        const std::string address = request != nullptr ? request->remote_address() : peer_.to_string();
+        const std::string address = request != nullptr ? request->remote_address()
+                                    : peer             ? peer->to_string()
+                                                       : std::string();
         const AccessEntry entry{address,
                                 request != nullptr ? request->method() : std::string_view(),
                                 request != nullptr ? request->raw_path() : std::string_view(),
@@ -10651,14 +10660,14 @@ public:
                 const std::lock_guard<std::recursive_mutex> lock(host_.loads.entries);
                 host_.on_access(entry);
             },
-            [&](const char* what) { host_.log.exception("on_access", what, &peer_); });
+            [&](const char* what) { host_.log.exception("on_access", what, &*peer); });
     }
 
     WSCHAT_COLD void log_refusal(const Response& response, const Request& request) {
         if (!host_.log) return;
         host_.log(LogLevel::info, "refused",
                   {{"status", std::to_string(response.status())},
-                   {"peer", peer_.to_string()},
+                   {"peer", peer->to_string()},
                    {"path", std::string(request.raw_path())},
                    {"sentence", response.body().substr(0, response.body().find('\n'))}});
     }
@@ -10687,7 +10696,7 @@ public:
         if (answer->dropped || !answer->response)
             host_.log.exception(
                 "page", answer->dropped ? "a Reply was destroyed unused" : "Reply::accept() is for prepare_async()",
-                &peer_, request.get());
+                &*peer, request.get());
         respond(answer->response ? *answer->response : Response(500, "The server failed to answer.\n"), request.get());
     }
     // There is no answer, or the call that should answer has failed.
@@ -10745,7 +10754,7 @@ private:
         const bool expects = request.fields().count("expect") != 0 && !request.http_1_0();
         if (expects && !text::equals_ignore_case(request.header("expect"), "100-continue"))
             return respond_last(Response(417, "The only supported expectation is 100-continue.\n"), request);
-        body_ = std::make_unique<BodyParser>(std::move(request), limits_);
+        body_ = std::make_unique<BodyParser>(std::move(request), *limits);
         if (body_->failed()) {
             const std::unique_ptr<BodyParser> body = std::move(body_);
             return respond_last(Response(body->status(), body->reason() + "\n"), body->request());
@@ -10851,8 +10860,6 @@ private:
     }
 
     SessionHost& host_;
-    const Limits& limits_;
-    const IpAddress& peer_;
     Time request_time_{};  // the end of the head, if there is an access log
     RequestParser parser_;
     std::string pending_;
@@ -10884,7 +10891,7 @@ public:
     Server& server() override { return host_.server; }
     std::shared_ptr<Mailbox> mailbox() override { return host_.loop.mailbox(); }
     void report_exception(const char* callback, const char* what) noexcept override {
-        host_.log.exception(callback, what, &peer_, handler_request());
+        host_.log.exception(callback, what, peer(), handler_request());
     }
 
     WebSocketHandler* handler() const { return handler_.get(); }
@@ -10903,8 +10910,11 @@ protected:
         rate      // the peer sends more than messages_per_second or bytes_per_second
     };
 
-    WebSocketDriver(SessionHost& host, const IpAddress& peer) : host_(host), peer_(peer) {}
+    explicit WebSocketDriver(SessionHost& host) : host_(host) {}
     ~WebSocketDriver() = default;
+
+    // The peer's address for the log. Null if the handler's request has it.
+    virtual const IpAddress* peer() const = 0;
 
     // Null before there is a handler.
     const Request* handler_request() const { return handler_ ? &core().request : nullptr; }
@@ -11034,7 +11044,7 @@ protected:
     }
     // Called by a catch block.
     WSCHAT_COLD void report_thrown(const char* where) {
-        report_current([&](const char* what) { host_.log.exception(where, what, &peer_, handler_request()); });
+        report_current([&](const char* what) { host_.log.exception(where, what, peer(), handler_request()); });
     }
     // Runs a callback of the handler. An exception is logged and closes this connection with 1011.
     template <class Callback>
@@ -11044,11 +11054,9 @@ protected:
 
     SessionHost& host_;
     std::unique_ptr<WebSocketHandler> handler_;
-    IpAddress peer_;
     Pause pause_ = Pause::none;
     bool above_high_water_ = false;  // on_drain() follows when the backlog is small again
     bool server_closes_first_ = false;
-    std::uint32_t work_turn_ = 0;  // the last turn with work other than flushing
     // Members that few connections need.
     struct Rare {
         std::string address_key{};              // the key under which it is counted; empty if it is not counted
@@ -11127,16 +11135,15 @@ private:
 class Session final : public WebSocketDriver, public PollableBase<Session>, public Timer {
 public:
     Session(SessionHost& host, Socket socket, const IpAddress& peer, std::unique_ptr<Transport> transport, bool proxied)
-        : WebSocketDriver(host, peer),
+        : WebSocketDriver(host),
           stream_(std::move(socket), std::move(transport)),
           watching_read_(true),
           watching_write_(false),
           send_buffer_set_(false),
           full_(false),
-          waiting_(false),
           handshake_done_(false),
           drops_request_(false),
-          http_(make_pooled<HttpExchange>(host.exchange_blocks, host, host.options.limits, peer_)) {
+          http_(make_pooled<HttpExchange>(host.exchange_blocks, host, host.options.limits, peer)) {
         if (proxied) http_->proxy = std::make_unique<ProxyHeader>();
     }
     Session(const Session&) = delete;
@@ -11144,8 +11151,7 @@ public:
     BlockPool& pool() const { return host_.session_blocks; }
     ~Session() override { LoopAccess::timers(host_.loop).cancel(*this); }
 
-    std::uint32_t index = 0;          // in the worker's list of sessions
-    PooledPtr<Session> next_deleted;  // the next one in the worker's list of removed sessions
+    std::uint32_t index = 0;  // in the worker's list of sessions
 
     bool gone() const { return phase_ == Phase::gone; }
     // Returns null before open() and after on_close().
@@ -11170,7 +11176,7 @@ public:
                 return abort(CloseCause::connection_lost, "cannot be watched");
             full_ = full;
             if (!http_->proxy) return admit();
-            if (!host_.site.trusted(peer_)) fail_proxy("the peer is not one of trusted_proxies()");
+            if (!host_.site.trusted(*http_->peer)) fail_proxy("the peer is not one of trusted_proxies()");
         });
     }
 
@@ -11179,7 +11185,7 @@ public:
     // Starts a client's connection, instead of start(). The frames must be valid and writable until this returns.
     WSCHAT_COLD void start_client(ClientHandshake opened) {
         rare_->owner = std::move(opened.owner);
-        route_limits_ = &owner()->limits;
+        http_->limits = &owner()->limits;
         handshake_done_ = true;
         handler_ = std::move(opened.handler);
         core().host = this;
@@ -11245,11 +11251,11 @@ public:
 
     // Continues work that exceeded the budget of an earlier turn.
     void continue_work() {
-        waiting_ = false;
+        waiting = false;
         if (gone() || ended_) return;
         // If the session was paused for its backlog or rate, finish_turn() resumes it after a flush, so may_work()
         // must still return true in this turn.
-        if (pause_ == Pause::none || pause_ == Pause::budget) work_turn_ = host_.turn.number;
+        if (pause_ == Pause::none || pause_ == Pause::budget) work_turn = host_.turn.number;
         protect([&] {
             if (phase_ == Phase::websocket && pause_ == Pause::budget && resume_input()) finish_websocket();
             if (reading() && stream_.has_input()) read();
@@ -11340,7 +11346,8 @@ private:
     // After a shutdown has begun, a new connection has this time since its accept to send its first request.
     static constexpr Duration drain_grace = std::chrono::milliseconds(100);
 
-    const Limits& limits() const { return route_limits_ != nullptr ? *route_limits_ : host_.options.limits; }
+    const IpAddress* peer() const override { return http_ && http_->peer ? &*http_->peer : nullptr; }
+    const Limits& limits() const { return http_ ? *http_->limits : core().connection.limits(); }
     Time after(Duration timeout) const {
         return timeout == Duration::zero() ? (Time::max)() : saturating_add(now(), timeout);
     }
@@ -11381,16 +11388,16 @@ private:
 
     // Work other than flushing is done once per turn. Returns false if it must wait for the next turn.
     bool may_work() {
-        if (work_turn_ == host_.turn.number) {
+        if (work_turn == host_.turn.number) {
             wait_for_next_turn();
             return false;
         }
-        work_turn_ = host_.turn.number;
+        work_turn = host_.turn.number;
         return true;
     }
     void wait_for_next_turn() {
-        if (waiting_) return;
-        waiting_ = true;
+        if (waiting) return;
+        waiting = true;
         host_.turn.waiting.push(*this);
     }
 
@@ -11585,7 +11592,7 @@ private:
             if (got.outcome != IoResult::Outcome::done) return fail_proxy("the peer hung up within the header");
             if (outcome == ProxyHeader::Outcome::done) break;
         }
-        if (http_->proxy->client()) peer_ = *http_->proxy->client();
+        if (http_->proxy->client()) http_->peer = http_->proxy->client();
         else http_->client_unknown = true;
         http_->proxy.reset();
         admit();
@@ -11593,8 +11600,8 @@ private:
     }
     // A trusted proxy that connects and sends nothing only checks the port: that is not counted as a failure.
     WSCHAT_COLD bool fail_proxy(std::string_view cause) {
-        const bool check = !http_->proxy->started() && host_.site.trusted(peer_);
-        if (!check) host_.note_proxy_failure(peer_, cause);
+        const bool check = !http_->proxy->started() && host_.site.trusted(*http_->peer);
+        if (!check) host_.note_proxy_failure(*http_->peer, cause);
         ended_ = true;
         mark_dirty();
         return false;
@@ -11602,7 +11609,7 @@ private:
     // Answers 503 if a limit of connections is reached. The limit for one address does not apply to a trusted proxy,
     // but to its clients.
     void admit() {
-        if (full_ || (!host_.site.trusted(peer_) && !count_address(peer_)))
+        if (full_ || (!host_.site.trusted(*http_->peer) && !count_address(*http_->peer)))
             respond(host_.too_many_connections(), nullptr);
     }
 
@@ -11621,7 +11628,7 @@ private:
         // Port scanners and clients of other protocols also fail handshakes, so that is only a debug entry.
         if (host_.log)
             host_.log(handshake_done_ ? LogLevel::info : LogLevel::debug, "tls_failed",
-                      {{"peer", peer_.to_string()}, {"cause", stream_.tls_failure()}});
+                      {{"peer", ServerLog::address_of(peer(), handler_request())}, {"cause", stream_.tls_failure()}});
     }
 
     // TLS has failed before the WebSocket opened. A peer that speaks plain HTTP gets a plain answer. Any other peer
@@ -11703,11 +11710,11 @@ private:
     template <class Call>
     bool guarded_page(Call&& call) {
         return run_guarded(call,
-                           [&](const char* what) { host_.log.exception("page", what, &peer_, http_->request()); });
+                           [&](const char* what) { host_.log.exception("page", what, peer(), http_->request()); });
     }
     ForwardedClient client_of(const Request& request) const {
-        if (http_->client_unknown) return {peer_, stream_.encrypted() ? "https" : "http", {}};
-        return host_.site.client(peer_, request, stream_.encrypted());
+        if (http_->client_unknown) return {*http_->peer, stream_.encrypted() ? "https" : "http", {}};
+        return host_.site.client(*http_->peer, request, stream_.encrypted());
     }
     void begin_request(Request& request) {
         ++host_.metrics.requests;
@@ -11792,7 +11799,7 @@ private:
         if (auto refusal = reject_upgrade(request, fields)) return refuse(*refusal, request);
         if (!count_address(client_of(request).address)) return refuse(host_.too_many_connections(), request);
         RequestAccess::set_params(request, route->pattern().params(request.raw_path()));
-        route_limits_ = route->limits();
+        if (route->limits() != nullptr) http_->limits = route->limits();
         drops_request_ = !route->keeps_request();
         std::optional<Response> refusal;
         const bool checked = guarded("handshake", [&] {
@@ -11809,7 +11816,7 @@ private:
     void finish_upgrade(std::string_view& rest) {
         const std::optional<ReplyAnswer> answer = http_->take_reply();
         if (answer->dropped)
-            host_.log.exception("prepare_async", "the Reply was destroyed unused", &peer_, handler_request());
+            host_.log.exception("prepare_async", "the Reply was destroyed unused", peer(), handler_request());
         if (answer->response) return refuse_upgrade(*answer->response);
         if (host_.draining) return refuse_upgrade(Response(503, "The server is shutting down.\n"));
         AcceptedCompression compression;
@@ -11839,7 +11846,7 @@ private:
     WSCHAT_COLD void log_unreadable(const ForwardedClient& forwarded) {
         if (!host_.log) return;
         host_.log(LogLevel::warning, "forwarded_address_unreadable",
-                  {{"peer", peer_.to_string()},
+                  {{"peer", http_->peer->to_string()},
                    {"forwarded", std::string(forwarded.unreadable.substr(0, 200))},
                    {"used", forwarded.address.to_string()}});
     }
@@ -11906,7 +11913,7 @@ private:
             ended_ = true;
             return mark_dirty();
         }
-        auto http = make_pooled<HttpExchange>(host_.exchange_blocks, host_, limits(), peer_);
+        auto http = make_pooled<HttpExchange>(host_.exchange_blocks, host_, limits());
         http->keep_alive = false;
         http->output.swap(connection().output());
         server_closes_first_ = owner() != nullptr && connection().close_cause() != CloseCause::protocol_error;
@@ -11938,13 +11945,11 @@ private:
     // The constructor sets them: bit-fields have no initializers in C++17.
     bool watching_read_ : 1, watching_write_ : 1, send_buffer_set_ : 1;
     bool full_ : 1;                   // the server has too many connections
-    bool waiting_ : 1;                // in the list of sessions with work left
     bool handshake_done_ : 1;         // of TLS
     bool drops_request_ : 1;          // after open()
     std::uint16_t held_request_ = 0;  // bytes of the request that an open WebSocket keeps, if it is a large one
     PooledPtr<HttpExchange> http_;    // null while a WebSocket is open
     std::size_t counted_backlog_ = 0;
-    const Limits* route_limits_ = nullptr;  // null: those of the server
 };
 
 // ---- listening -----------------------------------------------------------------------------------------------------
@@ -12057,7 +12062,7 @@ public:
     WSCHAT_COLD WSCHAT_NOINLINE ~Worker() = default;  // compiled once, not at each place that destroys workers
 
     const StringMap<Listener>& listeners() const { return listeners_; }
-    bool idle() const { return sessions_.empty(); }
+    bool idle() const { return open_sessions() == 0; }
     // There is work although the poller reports nothing.
     bool has_work() const { return !turn.dirty.empty() || !turn.waiting.empty(); }
 
@@ -12139,7 +12144,7 @@ public:
 
     WSCHAT_COLD void begin_shutdown(Duration deadline) {
         const bool first = !std::exchange(draining, true);
-        const std::size_t connections = sessions_.size();
+        const std::size_t connections = open_sessions();
         if (first) notify_systemd("STOPPING=1");
         if (first) loads[number].accepts.store(false);
         if (first) std::swap(closed_listeners_, listeners_);
@@ -12165,7 +12170,7 @@ public:
     // The same, but immediately.
     WSCHAT_COLD void close() {
         abort_all();
-        while (!sessions_.empty()) end_turn();
+        while (!idle()) end_turn();
     }
 
     void each_handler(FunctionRef<WebSocketHandler&> visit) {
@@ -12174,7 +12179,7 @@ public:
     }
     WSCHAT_COLD Metrics current_metrics() const {
         Metrics now = metrics;
-        now.connections_open = sessions_.size();
+        now.connections_open = open_sessions();
         now.rooms = RoomsAccess::size_here(rooms);
         now.backlog_bytes = backlog;
         now.bytes_received = wire.received;
@@ -12223,11 +12228,11 @@ public:
     }
     void remove(Session& session) override {
         if (session.address_key() != nullptr) loads.addresses.remove(*session.address_key());
-        std::swap(sessions_[session.index], sessions_.back());
+        const std::size_t last = open_sessions() - 1;
+        sessions_[session.index].swap(sessions_[last]);
         sessions_[session.index]->index = session.index;
-        session.next_deleted = std::exchange(deleted_, std::move(sessions_.back()));
-        sessions_.pop_back();
-        loads[number].connections = sessions_.size();
+        ++gone_;
+        loads[number].connections = last;
     }
 
 private:
@@ -12236,13 +12241,6 @@ private:
 
     static Session& session_of(SessionNode& node) { return static_cast<Session&>(node); }
 
-    Session& add(PooledPtr<Session> session) {
-        session->index = static_cast<std::uint32_t>(sessions_.size());
-        sessions_.push_back(std::move(session));
-        loads[number].connections = sessions_.size();
-        return *sessions_.back();
-    }
-
     // Accepts a connection that another loop has passed on. If this loop has closed its listeners in the meantime,
     // the connection is treated like those that were accepted before the shutdown.
     void accept_from(const ListenerParts& from, Socket socket, const IpAddress& peer) {
@@ -12250,7 +12248,18 @@ private:
             if (listener.listens_on(*from.socket)) return listener.accept(std::move(socket), peer);
         ++metrics.connections_accepted;
         accept(std::move(socket), peer, from.transports ? from.transports->clone()->make() : nullptr, from.proxied);
-        if (!sessions_.empty()) sessions_.back()->shut_down();
+        if (!idle()) sessions_[open_sessions() - 1]->shut_down();
+    }
+
+    std::size_t open_sessions() const { return sessions_.size() - gone_; }
+    Session& add(PooledPtr<Session> session) {
+        Session& added = *session;
+        const std::size_t index = open_sessions();
+        sessions_.push_back(std::move(session));
+        sessions_[index].swap(sessions_.back());
+        added.index = static_cast<std::uint32_t>(index);
+        loads[number].connections = index + 1;
+        return added;
     }
 
     std::size_t max_connections() const {
@@ -12285,7 +12294,7 @@ private:
         turn.more_reads_left = TurnState::max_more_reads;
         // The first loop runs until all others have ended, because their handlers may need it.
         const bool expected = loads[number].coming.load() != 0 || (number == 0 && loads.others_running.load() != 0);
-        if (draining && sessions_.empty() && !expected) loop.stop();
+        if (draining && idle() && !expected) loop.stop();
         return has_work();
     }
     // Continues sessions that used up their budget in an earlier turn, in order, at most max_continued in one turn.
@@ -12317,14 +12326,17 @@ private:
         }
         batch_->send(note);
     }
-    // Destroys removed sessions, when nothing in this turn refers to them any more. One by one, because a destructor
-    // of the chain would need a stack frame for each session.
+    // Destroys removed sessions, when nothing in this turn refers to them any more.
     void reap() {
-        if (!deleted_) return;
+        if (gone_ == 0) return;
         const auto gone = [](SessionNode& node) { return session_of(node).gone(); };
         turn.dirty.remove_if(gone);
         turn.waiting.remove_if(gone);
-        while (deleted_) deleted_ = std::move(deleted_->next_deleted);
+        while (gone_ != 0) {
+            const PooledPtr<Session> session = std::move(sessions_.back());
+            sessions_.pop_back();
+            --gone_;
+        }
     }
     // Closes the connections with the largest backlog until the total is within the limit. With several loops, each
     // loop that holds more than its share does so. The list of sessions is used as the heap: closing k of n sessions
@@ -12333,7 +12345,7 @@ private:
         const std::size_t max = options.server_limits.max_total_backlog, share = max / loads.size();
         evict_on_other_loops(share);
         // std::make_heap() and std::pop_heap() would compile the destructor of Session in several places.
-        std::size_t size = sessions_.size();
+        std::size_t size = open_sessions();
         const auto sift_down = [&](std::size_t parent) {
             for (std::size_t child; (child = 2 * parent + 1) < size; parent = child) {
                 if (child + 1 < size && sessions_[child]->backlog() < sessions_[child + 1]->backlog()) ++child;
@@ -12347,7 +12359,7 @@ private:
             sessions_[size]->abort(CloseCause::backlog, "the total backlog is above its limit");
             sift_down(0);
         }
-        for (std::size_t i = 0; i < sessions_.size(); ++i) sessions_[i]->index = static_cast<std::uint32_t>(i);
+        for (std::size_t i = 0; i < open_sessions(); ++i) sessions_[i]->index = static_cast<std::uint32_t>(i);
     }
     WSCHAT_COLD void evict_on_other_loops(std::size_t share) {
         for (std::size_t i = 0; i < loads.size(); ++i) {
@@ -12365,9 +12377,9 @@ private:
     std::unique_ptr<SendBatch> batch_ = SendBatch::make();
     StringMap<Listener> listeners_;
     StringMap<Listener> closed_listeners_;  // destroyed at the end of the turn: its events may refer to them
-    std::vector<PooledPtr<Session>> sessions_;
-    PooledPtr<Session> deleted_;  // the first of a chain; destroyed at the end of the turn
-    unsigned shutdowns_ = 0;      // that have finished
+    std::vector<PooledPtr<Session>> sessions_;  // the open ones, then those that are removed
+    std::size_t gone_ = 0;                      // removed sessions; destroyed at the end of the turn
+    unsigned shutdowns_ = 0;                    // that have finished
 };
 
 }  // namespace detail
@@ -13933,7 +13945,7 @@ private:
 // Calls on_failure() of a handler that gets no connection.
 class FailedHandler final : public WebSocketDriver {
 public:
-    FailedHandler(SessionHost& host, const IpAddress& peer) : WebSocketDriver(host, peer) {}
+    FailedHandler(SessionHost& host, const IpAddress& peer) : WebSocketDriver(host), peer_(peer) {}
 
     void call_on_failure(const Route::Factory& factory, Request request, const ConnectError& error) {
         guarded("handler", [&] { handler_ = factory(); });
@@ -13953,6 +13965,11 @@ public:
     void flush() override {}
     std::size_t offer(const std::string_view*, std::size_t) override { return 0; }
     void set_nodelay(bool) override {}
+
+private:
+    const IpAddress* peer() const override { return &peer_; }
+
+    const IpAddress peer_;
 };
 
 // The body of a response that is not a 101, for ConnectError::body.
