@@ -816,6 +816,10 @@ public:
         else buffer.release();
     }
 
+    // Of all connections of the loop.
+    std::uint64_t messages_sent = 0;
+    std::uint64_t messages_dropped = 0;
+
 private:
     static constexpr std::size_t min_buffer = 64 * 1024;
     static constexpr std::size_t max_buffer = 2 * 1024 * 1024;
@@ -4365,7 +4369,9 @@ public:
         enqueue_control(Opcode::pong, *payload);
     }
 
-    std::uint64_t dropped_messages() const { return dropped_; }
+    std::uint64_t dropped_messages() const { return cold_ ? cold_->dropped : 0; }
+    // For the metrics. Only after a send that was accepted.
+    void count_sent() { ++arena_->messages_sent; }
     // Whether a volatile message was sent.
     bool sends_volatile() const { return sends_volatile_; }
 
@@ -4709,7 +4715,8 @@ private:
     }
 
     WriteStatus drop() {
-        ++dropped_;
+        ++cold().dropped;
+        ++arena_->messages_dropped;
         return WriteStatus::dropped;
     }
     WriteStatus reject_write() {
@@ -4779,6 +4786,7 @@ private:
         MaskSource mask_source = nullptr;          // of a client
         char header_bytes[FrameHeader::max_size];  // of an incomplete header
         TokenBucket messages, bytes;               // if the rates of the input are limited
+        std::uint64_t dropped = 0;                 // messages
     };
     ColdState& cold() {
         if (!cold_) cold_ = std::make_unique<ColdState>();
@@ -4819,7 +4827,6 @@ private:
     std::uint32_t frames_read_ = 0;  // since receive() or resume_input()
 
     SendArena* arena_ = nullptr;
-    std::uint64_t dropped_ = 0;
 };
 
 }  // namespace detail
@@ -5015,15 +5022,23 @@ struct HandlerCore {
         std::size_t index;  // of the handler among the room's members
     };
 
+    // What ties a handler to its rooms and to those that refer to it.
+    struct Links {
+        std::vector<Membership> rooms;
+        std::unique_ptr<StringMap<std::size_t>> positions;  // in `rooms`, by room; null until there were many
+        HandlerRef ref;
+    };
+    Links& make_links() {
+        if (!links) links = std::make_unique<Links>();
+        return *links;
+    }
+
     HandlerHost* host = nullptr;
-    std::uint64_t messages_sent = 0;
     Connection connection;
     Request request;
     std::uint32_t subprotocol_begin = 0;  // in the request
     std::uint32_t subprotocol_size = 0;
-    std::vector<Membership> rooms;
-    std::unique_ptr<StringMap<std::size_t>> positions;  // positions in `rooms`, by room; null until there were many
-    HandlerRef ref;
+    std::unique_ptr<Links> links;  // null until the first room or ref()
 };
 
 }  // namespace detail
@@ -5040,9 +5055,9 @@ public:
     WebSocketHandler(const WebSocketHandler&) = delete;
     WebSocketHandler& operator=(const WebSocketHandler&) = delete;
     WSCHAT_NOINLINE virtual ~WebSocketHandler() {
-        if (!core_.ref.cell_) return;
-        core_.ref.cell_->handler = nullptr;
-        core_.ref.cell_->queued = 0;
+        if (!core_.links || !core_.links->ref.cell_) return;
+        core_.links->ref.cell_->handler = nullptr;
+        core_.links->ref.cell_->queued = 0;
     }
 
     // ---- to override -----------------------------------------------------------------------------------------------
@@ -5169,9 +5184,10 @@ public:
 
     // A reference for other threads and for later use. Empty in the constructor.
     HandlerRef ref() {
-        if (core_.ref.cell_ == nullptr && core_.host != nullptr)
-            core_.ref.cell_ = std::shared_ptr<HandlerRef::Cell>(new HandlerRef::Cell{core_.host->mailbox(), this});
-        return core_.ref;
+        if (core_.host == nullptr) return {};
+        auto& cell = core_.make_links().ref.cell_;
+        if (!cell) cell = std::shared_ptr<HandlerRef::Cell>(new HandlerRef::Cell{core_.host->mailbox(), this});
+        return core_.links->ref;
     }
     // Both throw Error in the constructor.
     Loop& loop() { return host("loop").loop(); }
@@ -5228,7 +5244,7 @@ private:
             // Flushes the output of this turn before the limit applies to the peer.
             if (connection.is_open() && connection.exceeds_backlog(size)) core_.host->flush();
             const WriteStatus status = function(connection);
-            if (status == WriteStatus::sent || status == WriteStatus::queued) ++core_.messages_sent;
+            if (status == WriteStatus::sent || status == WriteStatus::queued) core_.connection.count_sent();
             return status;
         });
     }
@@ -5271,7 +5287,8 @@ public:
 
     // For HandlerRef::buffered_amount().
     static void note_queued(WebSocketHandler& handler) {
-        const auto& cell = handler.core_.ref.cell_;
+        if (!handler.core_.links) return;
+        const auto& cell = handler.core_.links->ref.cell_;
         if (cell) cell->queued = handler.core_.connection.output().size();
     }
 
@@ -5611,9 +5628,9 @@ public:
     // when its connection ends.
     bool join(WebSocketHandler& handler) {
         if (!handler.is_open() || has(handler)) return false;
-        auto& rooms = detail::HandlerAccess::core(handler).rooms;
         // First the steps that may run out of memory.
-        if (rooms.size() == rooms.capacity()) rooms.reserve(2 * rooms.size() + 4);
+        auto& rooms = detail::HandlerAccess::core(handler).make_links().rooms;
+        if (rooms.size() == rooms.capacity()) rooms.reserve(2 * rooms.size() + 1);
         if (members_.size() == members_.capacity()) members_.reserve(2 * members_.size() + 4);
         if (rooms.size() >= few) add_slot(handler);
         members_.push_back({&handler, rooms.size()});
@@ -5668,17 +5685,18 @@ private:
 
     // Searches the shorter list: the members of the room or the rooms of the handler. If both are long, uses a map.
     std::size_t index_of(const WebSocketHandler& handler) const {
-        const detail::HandlerCore& core = detail::HandlerAccess::core(handler);
+        const detail::HandlerCore::Links* const links = detail::HandlerAccess::core(handler).links.get();
+        if (links == nullptr) return npos;
         const auto index_at = [&](std::size_t slot) {  // on_close() may still see rooms that it has left
-            const bool here = slot < core.rooms.size() && core.rooms[slot].room == this;
-            const std::size_t index = here ? core.rooms[slot].index : npos;
+            const bool here = slot < links->rooms.size() && links->rooms[slot].room == this;
+            const std::size_t index = here ? links->rooms[slot].index : npos;
             return index < members_.size() && members_[index].handler == &handler ? index : npos;
         };
-        if (core.positions && members_.size() > few) {
-            const std::size_t* slot = core.positions->find(key(*this));
+        if (links->positions && members_.size() > few) {
+            const std::size_t* slot = links->positions->find(key(*this));
             return slot == nullptr ? npos : index_at(*slot);
         }
-        for (std::size_t i = 0; i < (std::min)(core.rooms.size(), members_.size()); ++i) {
+        for (std::size_t i = 0; i < (std::min)(links->rooms.size(), members_.size()); ++i) {
             if (members_[i].handler == &handler) return i;
             if (const std::size_t index = index_at(i); index != npos) return index;
         }
@@ -5687,13 +5705,13 @@ private:
     static std::string key(const Room& room) { return big_endian_key(reinterpret_cast<std::uintptr_t>(&room)); }
     // Call it before this room is added to the end of the handler's list.
     void add_slot(WebSocketHandler& handler) const {
-        detail::HandlerCore& core = detail::HandlerAccess::core(handler);
-        if (!core.positions) {
-            auto positions = std::make_unique<StringMap<std::size_t>>();
-            for (std::size_t i = 0; i < core.rooms.size(); ++i) positions->find_or_emplace(key(*core.rooms[i].room), i);
-            core.positions = std::move(positions);
+        auto& [rooms, positions, ref] = *detail::HandlerAccess::core(handler).links;
+        if (!positions) {
+            auto made = std::make_unique<StringMap<std::size_t>>();
+            for (std::size_t i = 0; i < rooms.size(); ++i) made->find_or_emplace(key(*rooms[i].room), i);
+            positions = std::move(made);
         }
-        core.positions->find_or_emplace(key(*this)) = core.rooms.size();
+        positions->find_or_emplace(key(*this)) = rooms.size();
     }
     // Moves the last member to this index.
     void remove_at(std::size_t index) {
@@ -5701,7 +5719,7 @@ private:
         members_.pop_back();
         if (shared_) share_size();
         if (index == members_.size()) return;
-        detail::HandlerAccess::core(*members_[index].handler).rooms[members_[index].slot].index = index;
+        detail::HandlerAccess::core(*members_[index].handler).links->rooms[members_[index].slot].index = index;
     }
 
     inline void share_size() const;
@@ -5769,7 +5787,9 @@ private:
     friend class detail::RoomDirectory;
 
     void remove_from_all(WebSocketHandler& handler) {
-        for (const auto& membership : detail::HandlerAccess::core(handler).rooms) {
+        const auto& links = detail::HandlerAccess::core(handler).links;
+        if (!links) return;
+        for (const auto& membership : links->rooms) {
             membership.room->remove_at(membership.index);
             prune_later(*membership.room);
         }
@@ -5825,12 +5845,11 @@ public:
 inline bool Room::leave(WebSocketHandler& handler) {
     const std::size_t index = index_of(handler);
     if (index == npos) return false;
-    auto& rooms = detail::HandlerAccess::core(handler).rooms;
+    auto& [rooms, positions, ref] = *detail::HandlerAccess::core(handler).links;
     const std::size_t slot = members_[index].slot;
     remove_at(index);
     rooms[slot] = rooms.back();
     rooms.pop_back();
-    const auto& positions = detail::HandlerAccess::core(handler).positions;
     if (positions) positions->erase(key(*this));
     if (slot != rooms.size()) {
         rooms[slot].room->members_[rooms[slot].index].slot = slot;
@@ -5908,7 +5927,8 @@ inline Room& WebSocketHandler::room(std::string_view name) { return host("room")
 
 inline std::vector<Room*> WebSocketHandler::rooms() const {
     std::vector<Room*> result;
-    for (const auto& membership : core_.rooms) result.push_back(membership.room);
+    if (!core_.links) return result;
+    for (const auto& membership : core_.links->rooms) result.push_back(membership.room);
     return result;
 }
 
@@ -10895,12 +10915,6 @@ public:
     }
 
     WebSocketHandler* handler() const { return handler_.get(); }
-    void add_to(Metrics& metrics) const {
-        if (!handler_) return;
-        const HandlerCore& core = HandlerAccess::core(*handler_);
-        metrics.messages_sent += core.messages_sent;
-        metrics.messages_dropped += core.connection.dropped_messages();
-    }
 
 protected:
     enum class Pause : std::uint8_t {
@@ -11024,8 +11038,7 @@ protected:
         });
         guarded("on_close", [this] { handler_->on_close(); });
         if (owner()) owner()->note_close(*owner(), connection().close_code(), connection().close_cause());
-        add_to(host_.metrics);
-        core().rooms.clear();
+        if (core().links) core().links->rooms.clear();
         handler_.reset();
     }
 
@@ -12184,7 +12197,8 @@ public:
         now.backlog_bytes = backlog;
         now.bytes_received = wire.received;
         now.bytes_sent = wire.sent;
-        for (const auto& session : sessions_) session->add_to(now);
+        now.messages_sent = arena.messages_sent;
+        now.messages_dropped = arena.messages_dropped;
         return now;
     }
 
@@ -13955,7 +13969,7 @@ public:
         guarded("on_failure", [&] { handler_->on_failure(error); });
         guarded("handler", [&] {
             RoomsAccess::remove_from_all(host_.rooms, *handler_);
-            core().rooms.clear();
+            if (core().links) core().links->rooms.clear();
             handler_.reset();
         });
     }
