@@ -733,6 +733,30 @@ TEST_CASE("a PROXY header comes before TLS") {
 
 // ---- the log --------------------------------------------------------------------------------------------------------
 
+TEST_CASE("an exception is logged with the address of the proxy before open(), and with that of the client after it") {
+    struct Thrower : wschat::WebSocketHandler {
+        std::optional<Response> prepare(const Request& request) override {
+            if (request.query("early")) throw std::runtime_error("too early");
+            return std::nullopt;
+        }
+        void on_message(const Message&) override { throw std::runtime_error("too late"); }
+    };
+    test::LogLines log;
+    RunningServer running;
+    log.attach_to(running.server);
+    running.server.trusted_proxies({"127.0.0.1"});
+    running.server.route<Thrower>("/");
+    running.start();
+    WsClient early(running.port(), "/?early=1", "X-Forwarded-For: 203.0.113.7\r\n");
+    WsClient late(running.port(), "/", "X-Forwarded-For: 203.0.113.7\r\n");
+    late.send("words");
+    CHECK(late.close_code() == CloseCode::internal_error);
+    running.on_loop([&] {
+        CHECK(log.has("what=\"too early\" peer=\"127.0.0.1\""));
+        CHECK(log.has("what=\"too late\" peer=\"203.0.113.7\""));
+    });
+}
+
 // Opens a connection for each probe, and ends it with a FIN or with a reset.
 void probe(int port) {
     const std::string probes[] = {
