@@ -2526,7 +2526,10 @@ public:
     bool http_1_0() const { return flags_.http_1_0; }
     bool has_body() const { return flags_.has_body; }
     // The whole body, at most Limits::max_body bytes.
-    std::string_view body() const { return std::string_view(bytes_).substr(bytes_.size() - body_size_); }
+    std::string_view body() const {
+        const std::size_t size = (std::min)(bytes_.size(), std::size_t{body_size_});
+        return {bytes_.data() + bytes_.size() - size, size};
+    }
     // "https" if the client's connection is encrypted, otherwise "http". A trusted proxy may report it.
     std::string_view scheme() const { return flags_.https ? "https" : "http"; }
     // The client's address as text: "127.0.0.1", "::1" or "unix". Behind a trusted proxy, the address that it forwards.
@@ -2534,11 +2537,14 @@ public:
     // The subject of the verified client certificate in the form of RFC 2253 ("CN=Anna,O=Tea"), at most 4096 bytes.
     // Empty if the client sent none.
     std::string_view client_certificate() const {
-        return std::string_view(bytes_).substr(bytes_.size() - body_size_ - certificate_size_, certificate_size_);
+        const std::size_t end = bytes_.size() - body().size();
+        const std::size_t size = (std::min)(end, std::size_t{certificate_size_});
+        return {bytes_.data() + end - size, size};
     }
 
     Fields fields() const {
-        return Fields(std::string_view(bytes_.data() + fields_begin_, bytes_.size() - fields_begin_), names_);
+        const std::size_t begin = (std::min)(bytes_.size(), std::size_t{fields_begin_});
+        return Fields(std::string_view(bytes_.data() + begin, bytes_.size() - begin), names_);
     }
     // The first header of that name, compared without case. Empty if the request has none.
     std::string_view header(std::string_view name) const { return fields().find(name).value_or(std::string_view()); }
@@ -2621,8 +2627,11 @@ private:
         std::uint32_t begin = 0;
         std::uint32_t size = 0;
     };
-    // Not with substr(), which checks the position.
-    std::string_view part(Part p) const { return {bytes_.data() + p.begin, p.size}; }
+    // A request that was moved away has no parts.
+    std::string_view part(Part p) const {
+        if (std::size_t{p.begin} + p.size > bytes_.size()) return {};
+        return {bytes_.data() + p.begin, p.size};
+    }
 
     bool media_type_is(std::string_view type) const {
         std::string_view value = header("content-type");
@@ -10157,11 +10166,11 @@ public:
             },
             [](const char*) {});
     }
-    // Called by catch blocks, so it throws nothing, even if memory runs out. `peer` and `request` may be null.
     // The address of a peer. Either may be null.
     static std::string address_of(const IpAddress* peer, const Request* request) {
         return peer != nullptr ? peer->to_string() : request != nullptr ? request->remote_address() : std::string();
     }
+    // Called by catch blocks, so it throws nothing, even if memory runs out. `peer` and `request` may be null.
     WSCHAT_COLD void exception(const char* where, const char* what, const IpAddress* peer,
                                const Request* request = nullptr) noexcept {
         ++metrics_.handler_exceptions;

@@ -117,6 +117,19 @@ TEST_CASE("a moved or copied request owns its bytes") {
     }
 }
 
+TEST_CASE("a request that was moved away is empty") {
+    Request request = parsed("GET /path?query HTTP/1.1\r\nHost: chat.example\r\nX-One: 1\r\n\r\n");
+    const Request moved = std::move(request);
+    CHECK(request.method().empty());
+    CHECK(request.target().empty());
+    CHECK(request.query_string().empty());
+    CHECK(request.host().empty());
+    CHECK(request.header("x-one").empty());
+    CHECK(request.body().empty());
+    CHECK(request.client_certificate().empty());
+    CHECK(moved.header("x-one") == "1");
+}
+
 TEST_CASE("a request line is a method, a target and a version with single spaces") {
     struct Row {
         std::string line;
