@@ -291,7 +291,7 @@ TEST_CASE("a program that is not Redis, or is an old version, is refused with a 
     CHECK(contains(error_of(old.url()), "Redis 5.0.7 is too old: version 6 or newer is needed"));
     const FakeRedis web("HTTP/1.1 400 Bad Request\r\n\r\n");
     CHECK(contains(error_of(web.url()), "its answer is not in the protocol of Redis: Protocol error, got \"H\""));
-    const FakeRedis large("*10000001\r\n"), deep(repeated(1000, "*1\r\n") + ":1\r\n");
+    const FakeRedis large("*10000001\r\n"), deep(test::repeated(1000, "*1\r\n") + ":1\r\n");
     CHECK(contains(error_of(large.url()), "its answer is not in the protocol of Redis: an array is too large"));
     CHECK(contains(error_of(deep.url()), "its answer is not in the protocol of Redis: "));
     const FakeRedis other("+hello\r\n");
