@@ -173,8 +173,9 @@ mingw() {
     packages "$target" g++-mingw-w64-x86-64-posix lld wine wine64 || return
     object=$work/$target.o
     # The linker of binutils needs minutes for the sections of this object, lld a second. GCC starts only its own linker.
-    if ! x86_64-w64-mingw32-g++-posix -std=c++17 -O0 $warnings "$@" -c tests/platforms/windows_test.cpp -o "$object" \
-        >"$work/$target.log" 2>&1 ||
+    # Without optimization it has more than the 32,767 sections of an ordinary object.
+    if ! x86_64-w64-mingw32-g++-posix -std=c++17 -O0 -Wa,-mbig-obj $warnings "$@" -c tests/platforms/windows_test.cpp \
+        -o "$object" >"$work/$target.log" 2>&1 ||
         ! ld.lld $(x86_64-w64-mingw32-g++-posix -static "$object" -o "$work/$target.exe" -lws2_32 '-###' 2>&1 |
             sed -n '/collect2/{s/^ *[^ ]*collect2//; s/-plugin [^ ]*//; s/-plugin-opt=[^ ]*//g; s/"//g; p;}') \
             >>"$work/$target.log" 2>&1 || ! checked x86_64-w64-mingw32-g++-posix -std=c++17 $warnings "$@"; then
