@@ -15147,7 +15147,8 @@ public:
         // The store may have lost facts, for example because another program has emptied it.
         virtual void on_facts_lost() {}
         // The room continues after page.last_id, but not with the expected entries: page.epoch is new, or entries
-        // were lost (page.gap). Without a gap, all members have already received the entries of the page.
+        // were lost (page.gap). Without a gap, all members have already received the entries of the page. A store also
+        // calls it after a read that has failed; if no read was successful before, the members read again.
         virtual void on_position(const std::string& /*room*/, const HistoryPage& /*page*/) {}
         // Adds an entry of the store to the log.
         virtual void on_log(LogLevel, std::string_view /*event*/, const LogFields& /*fields*/) {}
@@ -18677,17 +18678,23 @@ private:
     void resume_members(ChatRoom& room, Room& members, HistoryPage page) {
         hub_->trim_to_delivered(room, page);
         page.gap = true;
-        std::vector<std::pair<ChatHandler*, HistoryPosition>> unread;
+        std::vector<ChatHandler*> unread;
         for (const auto& [key, user] : room.presence_) {
             for (ChatHandler* each : user.connections) {
                 if (each == this || !members.has(*each)) continue;
-                const auto& position = each->memberships_[each->membership_index(&room)].unread;
-                if (position) unread.emplace_back(each, *position);
+                if (each->memberships_[each->membership_index(&room)].unread) unread.push_back(each);
                 else each->write_message(each->history_event(room, page, true).dump());
             }
         }
-        for (const auto& [each, position] : unread) members.leave(*each);
-        for (const auto& [each, position] : unread) each->request_history(room, position);
+        read_again(room, unread);
+    }
+    // Members whose history could not be read. They become members again when they have read it.
+    static void read_again(const ChatRoom& room, const std::vector<ChatHandler*>& unread) {
+        for (ChatHandler* each : unread) each->hub_->members_[room.key()].leave(*each);
+        for (ChatHandler* each : unread) {
+            const std::optional<HistoryPosition> position = each->memberships_[each->membership_index(&room)].unread;
+            each->request_history(room, position);
+        }
     }
 
     // ---- conversations ---------------------------------------------------------------------------------------------
@@ -20359,6 +20366,7 @@ inline void ChatHub::forward_missing(ChatRoom& room) {
 inline void ChatHub::on_position(const std::string& name, const HistoryPage& page) {
     ChatRoom* const room = rooms_.find(name);
     if (room == nullptr) return;
+    const bool all_failed = !room->delivered_id_;  // all reads so far
     HistoryPage sent = page;
     // Without a gap, entries that the members have already received stay.
     if (!page.gap) sent.last_id = (std::max)(page.last_id, room->delivered_id_.value_or(0));
@@ -20366,10 +20374,13 @@ inline void ChatHub::on_position(const std::string& name, const HistoryPage& pag
     room->epoch_ = page.epoch;
     const Room* const members = members_.find(name);
     if (members == nullptr) return resume_ahead(*room);
+    std::vector<ChatHandler*> unread;
     for (WebSocketHandler& each : *members) {
-        const auto& handler = static_cast<ChatHandler&>(each);
-        each.write_message(handler.history_event(*room, sent, true).dump());
+        auto& handler = static_cast<ChatHandler&>(each);
+        if (all_failed) unread.push_back(&handler);
+        else each.write_message(handler.history_event(*room, sent, true).dump());
     }
+    ChatHandler::read_again(*room, unread);
     // After a gap, all of them continue with the present entries.
     for (const ChatRoom::Ahead& each : std::exchange(room->ahead_, {})) each.resume();
 }
@@ -23485,6 +23496,7 @@ struct RedisOrder {
     bool subscribed = false;
     std::vector<ChatEntry> waiting{};  // forwarded after the subscription
     bool synchronized = false;         // since the latest connection; before that, entries are held
+    bool read_failed = false;          // of a history, since the latest report of the position
     std::uint64_t unused = 0;          // the number of the last call of unwatch(); 0: in use
     bool asks_users = false;           // request_users() is scheduled
     std::uint64_t read = 0;            // the newest id in the pages that clients have read, which may be after `last`
@@ -23623,7 +23635,7 @@ public:
                  HistoryPage page = new_page(texts, cause);
                  const bool complete = !texts[3].empty() && texts.number(1) - position->id <= limit &&
                                        add_records(page, texts) == texts.number(1) - position->id;
-                 if (!page.error.empty()) return answer(callback, std::move(page));
+                 if (!page.error.empty()) return fail_read(room, callback, std::move(page));
                  if (!complete) return newest(room, limit, true, callback);
                  page.more = texts.number(2) <= position->id;
                  seen(room, page);
@@ -24060,17 +24072,19 @@ private:
         const std::uint64_t newest = texts.number(1);
         order.synchronized = true;
         const bool changed = !order.epoch.empty() && order.epoch != queue_.epoch();
+        const bool failed = std::exchange(order.read_failed, false);  // then some members only know an older epoch
         if (!order.last) {
             order.last = newest;
             order.newest = (std::max)(order.newest, newest);
             order.epoch = queue_.epoch();
+            if (failed) report_position(room, newest, false, {});
             return advance(room, order);
         }
         if (changed && texts[3].empty()) return lose(room, order);
         order.newest = (std::max)(changed ? *order.last : order.newest, newest);
         order.epoch = queue_.epoch();
         if (changed && room == feed) reload_decisions();
-        else if (changed) report_position(room, *order.last, false, {});
+        else if (changed || failed) report_position(room, *order.last, false, {});
         advance(room, order);
     }
     void report_position(const std::string& room, std::uint64_t last, bool gap, std::vector<ChatEntry> entries) {
@@ -24149,6 +24163,12 @@ private:
     void answer(const ChatStore::PageCallback& callback, HistoryPage page) {
         call_listener([callback, page = std::move(page)](Listener&) { callback(page); });
     }
+    // When Redis answers again, the members get the position.
+    void fail_read(const std::string& room, const ChatStore::PageCallback& callback, HistoryPage page) {
+        answer(callback, std::move(page));
+        RedisOrder* const order = orders_.find(room);
+        if (order != nullptr && !std::exchange(order->read_failed, true)) synchronize(room);
+    }
     // If nothing was delivered before, the order of the room begins at the first page that was read.
     void seen(const std::string& room, const HistoryPage& page) {
         RedisOrder* const order = orders_.find(room);
@@ -24162,7 +24182,8 @@ private:
     }
     void newest(const std::string& room, std::size_t limit, bool gap, ChatStore::PageCallback callback) {
         const auto done = [this, room, callback = std::move(callback)](HistoryPage page) {
-            if (page.error.empty()) seen(room, page);
+            if (!page.error.empty()) return fail_read(room, callback, std::move(page));
+            seen(room, page);
             answer(callback, std::move(page));
         };
         const auto scan = std::make_shared<Scan>(Scan{room, limit, done});

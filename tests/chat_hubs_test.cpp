@@ -372,6 +372,47 @@ TEST_CASE("a client that resumed while the store could not be read gets all miss
     CHECK(contains(found, "three"));
 }
 
+TEST_CASE("members whose histories could not be read read them when the store knows its position again") {
+    Scripted scripted;
+    ScriptedStore& store = *scripted.store;
+    TestClient first = scripted.server.connect("/chat/tea?name=Carl");
+    const std::string epoch = field_of(last(first, "history"), "epoch");
+    for (const char* text : {"one", "two", "three"}) first.send(text);
+    first.close();
+    scripted.server.advance(10s);
+    REQUIRE(ChatHub::of(scripted.server).find("tea") == nullptr);
+
+    store.read = [](const std::optional<HistoryPosition>&) {
+        HistoryPage page;
+        page.error = "it is away";
+        return page;
+    };
+    TestClient anna = scripted.server.connect("/chat/tea?name=Anna&last=" + epoch + "-1");
+    TestClient dora = scripted.server.connect("/chat/tea?name=Dora");
+    for (TestClient* each : {&anna, &dora}) CHECK(contains(last(*each, "history"), R"("gap":true)"));
+    store.read = nullptr;
+    HistoryPage position;
+    position.epoch = epoch;
+    position.last_id = 3;
+    store.move(position);
+    scripted.server.run_until_idle();
+    anna.send("four");
+
+    const auto texts = [](TestClient& client) {
+        std::string all;
+        for (const std::string& event : client.received()) {
+            if (field_of(event, "type") == "history") CHECK(contains(event, R"("gap":false)"));
+            for (const char* text : {"one", "two", "three", "four"})
+                if (contains(event, "\"text\":\"" + std::string(text))) all += text + std::string(" ");
+        }
+        return all;
+    };
+    CHECK(texts(anna) == "two three four ");
+    CHECK(texts(dora) == "one two three four ");
+    store.move(position);
+    CHECK(texts(anna) == "");
+}
+
 TEST_CASE("a join or a leave that the store has lost is forwarded again") {
     Scripted scripted;
     scripted.store->delivering = false;

@@ -756,6 +756,23 @@ TEST_CASE("a message that waits for Redis is kept when Redis is back with its ol
     CHECK(one.read("tea", HistoryPosition{epoch, 2}).gap);
 }
 
+TEST_CASE("after a failed read a room gets its position when Redis answers again, also if it had none before") {
+    RedisServer redis;
+    Node one(redis.url(), quick()), two(redis.url(), quick());
+    one.watch();
+    one.say("before");
+    one.wait_for("1:before");
+    redis.kill();
+    two.wait([&] { return contains(two.logged, "redis_lost"); });
+    two.watch();
+    CHECK_FALSE(two.read().error.empty());
+    redis.start();
+    for (Node* each : {&one, &two}) each->wait_for("position:1 ");
+    one.say("after");
+    two.wait_for("2:after");
+    CHECK(two.heard == "position:1 2:after ");
+}
+
 TEST_CASE("an empty Redis is a gap for all, and new entries follow") {
     RedisServer redis;
     Node one(redis.url(), quick()), two(redis.url() + "/0", quick());
