@@ -335,21 +335,37 @@ TEST_CASE("a position without a gap removes no entry that the members have") {
     CHECK(types(anna) == "");
 }
 
-TEST_CASE("a client that resumed while the store could not be read gets all missing entries later, once and without a gap") {
-    Scripted scripted;
-    ScriptedStore& store = *scripted.store;
+// Keeps the messages "one", "two" and "three" in a room that is empty then. The store cannot be read until its `read`
+// is reset. Returns the epoch.
+std::string say_three_and_lock(Scripted& scripted) {
     TestClient first = scripted.server.connect("/chat/tea?name=Carl");
     const std::string epoch = field_of(last(first, "history"), "epoch");
     for (const char* text : {"one", "two", "three"}) first.send(text);
     first.close();
     scripted.server.advance(10s);
     REQUIRE(ChatHub::of(scripted.server).find("tea") == nullptr);
-
-    store.read = [](const std::optional<HistoryPosition>&) {
+    scripted.store->read = [](const std::optional<HistoryPosition>&) {
         HistoryPage page;
         page.error = "it is away";
         return page;
     };
+    return epoch;
+}
+// The new messages of these four, also those in histories, which must have no gap.
+std::string texts_without_gap(TestClient& client) {
+    std::string all;
+    for (const std::string& event : client.received()) {
+        if (field_of(event, "type") == "history") CHECK(contains(event, R"("gap":false)"));
+        for (const char* text : {"one", "two", "three", "four"})
+            if (contains(event, "\"text\":\"" + std::string(text))) all += text + std::string(" ");
+    }
+    return all;
+}
+
+TEST_CASE("a client that resumed while the store could not be read gets all missing entries later, once and without a gap") {
+    Scripted scripted;
+    ScriptedStore& store = *scripted.store;
+    const std::string epoch = say_three_and_lock(scripted);
     TestClient anna = scripted.server.connect("/chat/tea?name=Anna&last=" + epoch + "-1");
     CHECK(field_of(last(anna, "history"), "last") == "1");
     TestClient dora = scripted.server.connect("/chat/tea?name=Dora");
@@ -358,13 +374,7 @@ TEST_CASE("a client that resumed while the store could not be read gets all miss
     TestClient bert = scripted.server.connect("/chat/tea?name=Bert");
     bert.send("four");
 
-    std::string texts;
-    for (const std::string& event : anna.received()) {
-        if (field_of(event, "type") == "history") CHECK(contains(event, R"("gap":false)"));
-        for (const char* text : {"one", "two", "three", "four"})
-            if (contains(event, "\"text\":\"" + std::string(text))) texts += text + std::string(" ");
-    }
-    CHECK(texts == "two three four ");
+    CHECK(texts_without_gap(anna) == "two three four ");
     CHECK(anna.handler<Host>().current_room() != nullptr);
     // One without a position gets the newest messages. Its empty history before was announced as a gap, too.
     const std::string found = last(dora, "history");
@@ -375,18 +385,7 @@ TEST_CASE("a client that resumed while the store could not be read gets all miss
 TEST_CASE("members whose histories could not be read read them when the store knows its position again") {
     Scripted scripted;
     ScriptedStore& store = *scripted.store;
-    TestClient first = scripted.server.connect("/chat/tea?name=Carl");
-    const std::string epoch = field_of(last(first, "history"), "epoch");
-    for (const char* text : {"one", "two", "three"}) first.send(text);
-    first.close();
-    scripted.server.advance(10s);
-    REQUIRE(ChatHub::of(scripted.server).find("tea") == nullptr);
-
-    store.read = [](const std::optional<HistoryPosition>&) {
-        HistoryPage page;
-        page.error = "it is away";
-        return page;
-    };
+    const std::string epoch = say_three_and_lock(scripted);
     TestClient anna = scripted.server.connect("/chat/tea?name=Anna&last=" + epoch + "-1");
     TestClient dora = scripted.server.connect("/chat/tea?name=Dora");
     for (TestClient* each : {&anna, &dora}) CHECK(contains(last(*each, "history"), R"("gap":true)"));
@@ -398,19 +397,10 @@ TEST_CASE("members whose histories could not be read read them when the store kn
     scripted.server.run_until_idle();
     anna.send("four");
 
-    const auto texts = [](TestClient& client) {
-        std::string all;
-        for (const std::string& event : client.received()) {
-            if (field_of(event, "type") == "history") CHECK(contains(event, R"("gap":false)"));
-            for (const char* text : {"one", "two", "three", "four"})
-                if (contains(event, "\"text\":\"" + std::string(text))) all += text + std::string(" ");
-        }
-        return all;
-    };
-    CHECK(texts(anna) == "two three four ");
-    CHECK(texts(dora) == "one two three four ");
+    CHECK(texts_without_gap(anna) == "two three four ");
+    CHECK(texts_without_gap(dora) == "one two three four ");
     store.move(position);
-    CHECK(texts(anna) == "");
+    CHECK(texts_without_gap(anna) == "");
 }
 
 TEST_CASE("a join or a leave that the store has lost is forwarded again") {
