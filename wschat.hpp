@@ -10602,6 +10602,8 @@ public:
     bool busy() const { return output_queued() || awaits_reply(); }
     bool output_queued() const { return !output.empty() || file_left_ != 0; }
     bool has_file() const { return file_left_ != 0; }
+    // Null after a WebSocket.
+    const IpAddress* known_peer() const { return peer ? &*peer : nullptr; }
     // Of the last request.
     const HandshakeFields& handshake() const { return parser_.handshake(); }
     // A part of a request has arrived.
@@ -10689,14 +10691,14 @@ public:
                 const std::lock_guard<std::recursive_mutex> lock(host_.loads.entries);
                 host_.on_access(entry);
             },
-            [&](const char* what) { host_.log.exception("on_access", what, &*peer); });
+            [&](const char* what) { host_.log.exception("on_access", what, known_peer()); });
     }
 
     WSCHAT_COLD void log_refusal(const Response& response, const Request& request) {
         if (!host_.log) return;
         host_.log(LogLevel::info, "refused",
                   {{"status", std::to_string(response.status())},
-                   {"peer", peer->to_string()},
+                   {"peer", ServerLog::address_of(known_peer(), &request)},
                    {"path", std::string(request.raw_path())},
                    {"sentence", response.body().substr(0, response.body().find('\n'))}});
     }
@@ -10725,7 +10727,7 @@ public:
         if (answer->dropped || !answer->response)
             host_.log.exception(
                 "page", answer->dropped ? "a Reply was destroyed unused" : "Reply::accept() is for prepare_async()",
-                &*peer, request.get());
+                known_peer(), request.get());
         respond(answer->response ? *answer->response : Response(500, "The server failed to answer.\n"), request.get());
     }
     // There is no answer, or the call that should answer has failed.
@@ -11368,7 +11370,7 @@ private:
     // After a shutdown has begun, a new connection has this time since its accept to send its first request.
     static constexpr Duration drain_grace = std::chrono::milliseconds(100);
 
-    const IpAddress* peer() const override { return http_ && http_->peer ? &*http_->peer : nullptr; }
+    const IpAddress* peer() const override { return http_ ? http_->known_peer() : nullptr; }
     const Limits& limits() const { return http_ ? *http_->limits : core().connection.limits(); }
     Time after(Duration timeout) const {
         return timeout == Duration::zero() ? (Time::max)() : saturating_add(now(), timeout);
